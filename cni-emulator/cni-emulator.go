@@ -1,0 +1,17 @@
+// Command cni-emulator plays istio-cni: it hands a pod's network namespace to
+// a ztunnel over a Unix socket.
+package main
+
+import (
+	"os"
+	"runtime"
+
+	"ambient-emulator/cni-emulator/internal/cli"
+)
+
+// The main thread is locked away before anything runs, so that no teleport ever
+// uses it: the runtime could not destroy it if it failed to come back
+// (golang/go#34031).
+func init() { runtime.LockOSThread() }
+
+func main() { os.Exit(cli.Main(os.Args[1:], os.Stdout, os.Stderr)) }

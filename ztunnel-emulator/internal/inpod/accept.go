@@ -1,0 +1,190 @@
+package inpod
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// acceptor accepts for every listener of every pod with one epoll(7) instance
+// and one goroutine. A goroutine a listener would be more usual, and cost a pod
+// three stacks while nothing happens.
+type acceptor struct {
+	handle func(fd int) // owns fd; must not block
+	log    *slog.Logger
+
+	epoll *os.File // itself watched by the Go runtime's poller
+	done  chan struct{}
+
+	mu        sync.Mutex // held across accept and close: a closed number may come back as another socket
+	listeners map[int]struct{}
+}
+
+func newAcceptor(handle func(fd int), log *slog.Logger) (*acceptor, error) {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("epoll_create1", err)
+	}
+	// Non-blocking, so that os.NewFile hands it to the runtime's poller and a
+	// wait costs no thread.
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	a := &acceptor{
+		handle:    handle,
+		log:       log,
+		epoll:     os.NewFile(uintptr(fd), "epoll"),
+		done:      make(chan struct{}),
+		listeners: make(map[int]struct{}),
+	}
+	go a.run()
+	return a, nil
+}
+
+// add starts accepting from fds, all or none. They become the acceptor's on
+// success, until remove.
+func (a *acceptor) add(fds []int) error {
+	raw, err := a.epoll.SyscallConn()
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var ctlErr error
+	err = raw.Control(func(epfd uintptr) {
+		for i, fd := range fds {
+			ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}
+			if ctlErr = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_ADD, fd, &ev); ctlErr != nil {
+				for _, undo := range fds[:i] {
+					unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, undo, nil)
+				}
+				return
+			}
+		}
+	})
+	if err == nil && ctlErr != nil {
+		err = os.NewSyscallError("epoll_ctl", ctlErr)
+	}
+	if err != nil {
+		return err
+	}
+	for _, fd := range fds {
+		a.listeners[fd] = struct{}{}
+	}
+	return nil
+}
+
+// remove closes fds; the kernel takes them out of the epoll set.
+func (a *acceptor) remove(fds []int) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, fd := range fds {
+		delete(a.listeners, fd)
+	}
+	return closeAll(fds)
+}
+
+// close ends the goroutine. Listeners that are left are not closed.
+func (a *acceptor) close() error {
+	err := a.epoll.Close()
+	<-a.done
+	return err
+}
+
+// run is the accept loop of all pods.
+func (a *acceptor) run() {
+	defer close(a.done)
+	raw, err := a.epoll.SyscallConn()
+	if err != nil {
+		return
+	}
+	events := make([]unix.EpollEvent, 128)
+	pause := pauser{least: 5 * time.Millisecond, most: time.Second}
+	for {
+		var n int
+		var waitErr error
+		err := raw.Read(func(epfd uintptr) bool {
+			// The runtime tells of the next event, not of those that are there
+			// already: only an empty answer may wait for it.
+			n, waitErr = unix.EpollWait(int(epfd), events, 0)
+			return n != 0 || waitErr != nil
+		})
+		if err != nil {
+			return // closed
+		}
+		if errors.Is(waitErr, unix.EINTR) {
+			continue
+		}
+		if waitErr != nil {
+			a.log.Error("no connection to any pod can be accepted any more", "error", os.NewSyscallError("epoll_wait", waitErr))
+			return
+		}
+		full := error(nil)
+		for _, ev := range events[:n] {
+			if err := a.accept(int(ev.Fd)); err != nil {
+				full = err
+			}
+		}
+		if full == nil {
+			pause.reset()
+			continue
+		}
+		// Out of descriptors or memory. epoll would report the same listeners
+		// again at once; their connections can wait in the backlog.
+		a.log.Warn("accept", "error", full, "pause", pause.next())
+		pause.wait()
+	}
+}
+
+// fair is how many connections one listener may take before the others' turn.
+const fair = 64
+
+// accept takes what waits at one listener. It returns an error only when the
+// process has run out of something.
+func (a *acceptor) accept(listener int) error {
+	for range fair {
+		a.mu.Lock()
+		if _, ok := a.listeners[listener]; !ok {
+			a.mu.Unlock()
+			return nil // removed since the event
+		}
+		fd, _, err := unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		a.mu.Unlock()
+		switch {
+		case err == nil:
+			a.handle(fd)
+		case errors.Is(err, unix.EAGAIN):
+			return nil
+		case exhausted(err):
+			return os.NewSyscallError("accept4", err)
+		default:
+			// ECONNABORTED and the network errors of accept(2) belong to the
+			// one connection that is gone.
+		}
+	}
+	return nil
+}
+
+// exhausted tells errors of accept(2) that come back until something is freed.
+func exhausted(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) ||
+		errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM)
+}
+
+// pauser is a back-off that doubles.
+type pauser struct{ least, most, cur time.Duration }
+
+func (p *pauser) reset() { p.cur = 0 }
+
+// next returns the pause that wait will make.
+func (p *pauser) next() time.Duration { return min(max(p.cur*2, p.least), p.most) }
+
+func (p *pauser) wait() {
+	p.cur = p.next()
+	time.Sleep(p.cur)
+}
