@@ -1,0 +1,114 @@
+// Command bench measures a handoff against its floor, the bare system calls,
+// and prints a table; scripts/bench/run builds what it needs and runs it in a
+// private world. Floor and measured rounds take turns in the same run, so that
+// a noisy machine disturbs both alike.
+//
+// It is a benchmark, not a test: an aim that is missed is printed, and the exit
+// code is 0.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// No teleport may use the main thread (golang/go#34031).
+func init() { runtime.LockOSThread() }
+
+// options is what the flags say.
+type options struct {
+	ztunnel, cni, dialsend string // programs
+	dir                    string // for namespaces, sockets and logs
+	results                string // a file for the table, or empty
+
+	pods    int // namespaces to hand over in a round
+	rounds  int // of that in this process
+	loads   int // to a ztunnel-emulator, for each number of senders
+	inTurns int // handoffs, then visits of the floor, before they take turns
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.ztunnel, "ztunnel", "", "the `program` ztunnel-emulator")
+	flag.StringVar(&o.cni, "cni", "", "the `program` cni-emulator")
+	flag.StringVar(&o.dialsend, "dialsend", "", "the `program` that only dials, sends and reads the reply")
+	flag.StringVar(&o.dir, "dir", "/run/bench", "a `folder` to make for namespaces, sockets and logs")
+	flag.StringVar(&o.results, "results", "", "write the table to this `file` too")
+	flag.IntVar(&o.pods, "pods", 1000, "how many namespaces to hand over in a round")
+	flag.IntVar(&o.rounds, "rounds", 5, "how many rounds of all pods in this process")
+	flag.IntVar(&o.loads, "loads", 5, "how many rounds of all pods to a ztunnel-emulator, for each number of senders")
+	flag.IntVar(&o.inTurns, "turns", 10, "how many of a kind are measured before the other kind has its turn")
+	flag.Parse()
+
+	// An interrupted run must not leave a ztunnel-emulator behind.
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	// Not here: this goroutine is locked to the main thread.
+	done := make(chan error, 1)
+	go func() { done <- run(ctx, o) }()
+	if err := <-done; err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// run measures everything and prints the table.
+func run(ctx context.Context, o options) error {
+	if os.Getenv("PRIVATE_WORLD") == "" {
+		return errors.New("this makes thousands of namespaces: run it with scripts/bench/run, in a world of its own")
+	}
+	if err := enoughFiles(o.pods); err != nil {
+		return err
+	}
+	note := func(what string) { fmt.Fprintf(os.Stderr, "bench: %s\n", what) }
+
+	note(fmt.Sprintf("make %d namespaces", 2*o.pods))
+	w, err := makeWorld(o.dir, o.pods)
+	if err != nil {
+		return err
+	}
+	var r results
+	note(fmt.Sprintf("hand them over in this process, %d rounds", o.rounds))
+	if r.handoffs, err = measureHandoffs(ctx, w, o.rounds, o.inTurns); err != nil {
+		return err
+	}
+	note("hand them over with processes")
+	if r.processes, err = measureProcesses(ctx, o, w); err != nil {
+		return err
+	}
+	for _, senders := range []int{1, 8, 64} {
+		note(fmt.Sprintf("hand them over with %d senders at once, %d rounds", senders, o.loads))
+		l, err := measureLoad(ctx, o, w, senders)
+		if err != nil {
+			return err
+		}
+		r.loads = append(r.loads, l)
+	}
+
+	table := r.table(o)
+	fmt.Print(table)
+	if o.results == "" {
+		return nil
+	}
+	return os.WriteFile(o.results, []byte(resultsFile(table)), 0o644)
+}
+
+// enoughFiles checks the limit of open files for pods of this process (four
+// each), the floor's (three) and, in the receiver's process, both halves' pods.
+func enoughFiles(pods int) error {
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		return os.NewSyscallError("getrlimit", err)
+	}
+	if need := uint64(8*pods + 100); lim.Cur < need {
+		return fmt.Errorf("%d open files are needed and %d allowed: raise the limit (ulimit -n) or use --quick", need, lim.Cur)
+	}
+	return nil
+}

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// world is the namespaces to measure in, two sets of the same size: what is
+// measured and its floor never share one, so neither warms it for the other.
+type world struct {
+	dir         string
+	pods, floor []string // paths, as `ip netns` makes them
+}
+
+func (w *world) socket() string { return filepath.Join(w.dir, "zt.sock") }
+
+// makeWorld makes 2n namespaces under dir, with lo up. They live as long as the
+// mount namespace that this process was started in.
+func makeWorld(dir string, n int) (*world, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	w := &world{dir: dir}
+	for i := range n {
+		w.pods = append(w.pods, filepath.Join(dir, fmt.Sprintf("pod%d", i)))
+		w.floor = append(w.floor, filepath.Join(dir, fmt.Sprintf("floor%d", i)))
+	}
+	done := make(chan error, 1)
+	go func() {
+		// The lock is kept: the thread dies with the goroutine.
+		runtime.LockOSThread()
+		for i := range n {
+			for _, path := range []string{w.pods[i], w.floor[i]} {
+				if err := makeNamespace(path); err != nil {
+					done <- fmt.Errorf("make a network namespace at %s: %w", path, err)
+					return
+				}
+			}
+		}
+		done <- nil
+	}()
+	return w, <-done
+}
+
+// makeNamespace moves the calling thread into a fresh network namespace and
+// gives that a path, by a bind mount as `ip netns add` does.
+func makeNamespace(path string) error {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return os.NewSyscallError("unshare", err)
+	}
+	if err := loUp(); err != nil {
+		return err
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		return err
+	}
+	return os.NewSyscallError("mount", unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""))
+}
+
+// loUp is `ip link set lo up` for the calling thread's namespace.
+func loUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP)
+	return os.NewSyscallError("ioctl SIOCSIFFLAGS", unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr))
+}
