@@ -77,9 +77,11 @@ func dial(ctx context.Context, network, path string) (*net.UnixConn, error) {
 			return nil, err
 		}
 		select {
-		case <-ctx.Done():
-			return nil, err
 		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			return nil, err
 		}
 	}
 }

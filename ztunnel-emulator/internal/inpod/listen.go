@@ -34,16 +34,16 @@ func Addrs() []netip.AddrPort {
 	return addrs
 }
 
-// listen makes listening sockets at addrs inside ns, all or none. The caller
-// owns the descriptors; they are non-blocking. An error names the address.
-func listen(ns *netns.NS, addrs []netip.AddrPort) ([]int, netns.Visit, error) {
+// listen makes listening sockets at addrs inside ns with open, all or none. The
+// caller owns the descriptors; they are non-blocking. An error names the address.
+func listen(ns *netns.NS, addrs []netip.AddrPort, open socketFactory) ([]int, netns.Visit, error) {
 	fds := make([]int, 0, len(addrs))
 	// All of this runs on the thread that is in the pod: a socket belongs, for
 	// good, to the namespace of the thread that calls socket(2). Bind and listen
 	// could be done from outside, but a port in use is best found in one visit.
 	visit, err := ns.Do(func() error {
 		for _, addr := range addrs {
-			fd, err := listenTCP(addr)
+			fd, err := open(addr)
 			if err != nil {
 				return fmt.Errorf("listen on %v: %w", addr, err)
 			}
@@ -57,6 +57,10 @@ func listen(ns *netns.NS, addrs []netip.AddrPort) ([]int, netns.Visit, error) {
 	}
 	return fds, visit, nil
 }
+
+// socketFactory makes a listening socket in the calling thread's namespace. What
+// the socket is like depends on the mode; this is the seed's.
+type socketFactory func(netip.AddrPort) (int, error)
 
 // listenTCP is socket(2), bind(2), listen(2). Plain TCP: Go's net.Listen would
 // make an MPTCP socket, which the real ztunnel does not.

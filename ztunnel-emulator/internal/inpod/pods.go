@@ -29,6 +29,7 @@ var (
 type Pods struct {
 	home  netns.ID
 	addrs []netip.AddrPort
+	open  socketFactory
 	log   *slog.Logger
 
 	answerer *answerer
@@ -68,6 +69,7 @@ func NewPods(log *slog.Logger) (*Pods, error) {
 	p := &Pods{
 		home:     home.ID(),
 		addrs:    Addrs(),
+		open:     listenTCP,
 		log:      log,
 		answerer: newAnswerer(),
 		pods:     make(map[netns.ID]*pod),
@@ -128,7 +130,7 @@ func (p *Pods) Add(ns *netns.NS) (Added, error) {
 // start gives a pod its listeners.
 func (p *Pods) start(self *pod) (Added, error) {
 	added := Added{New: true, Addrs: p.addrs}
-	fds, visit, err := listen(self.ns, p.addrs)
+	fds, visit, err := listen(self.ns, p.addrs, p.open)
 	added.Visit = visit
 	if err != nil {
 		return added, fmt.Errorf("%w%s", err, advice(err, self.ns.ID()))

@@ -108,8 +108,8 @@ func (s *Server) Serve(ctx context.Context, l *uds.Listener) error {
 func (s *Server) serveConn(conn *net.UnixConn, wg *sync.WaitGroup) {
 	defer wg.Done()
 	defer func() { <-s.peers.slots }()
-	defer conn.Close()
 	h := s.handle(conn)
+	conn.Close()
 	if s.Report != nil {
 		s.Report(h)
 	}
