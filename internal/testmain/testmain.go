@@ -17,7 +17,7 @@ import (
 // Run runs the tests and returns only by exiting. The caller locks the main
 // thread in an init function of its own: no teleport may use it.
 func Run(m *testing.M) {
-	enterPrivateWorld()
+	EnterPrivateWorld()
 
 	openHome()
 	before := Descriptors()
@@ -37,9 +37,9 @@ func Run(m *testing.M) {
 	os.Exit(code)
 }
 
-// enterPrivateWorld runs this test binary again through scripts/private unless
+// EnterPrivateWorld runs this test binary again through scripts/private unless
 // it is in a private world already, so that a plain `go test` harms nothing.
-func enterPrivateWorld() {
+func EnterPrivateWorld() {
 	if os.Getenv("PRIVATE_WORLD") != "" {
 		return
 	}
@@ -47,6 +47,18 @@ func enterPrivateWorld() {
 	err := syscall.Exec(script, append([]string{script}, os.Args...), os.Environ())
 	fmt.Fprintf(os.Stderr, "testmain: exec %s: %v\n", script, err)
 	os.Exit(1)
+}
+
+// RealRoot tells whether we may become other users: root, and not only of a user
+// namespace that knows nobody else. A test that needs it skips otherwise; CI is
+// root and fails on a skip.
+func RealRoot() bool {
+	m, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil {
+		panic(err)
+	}
+	f := strings.Fields(string(m))
+	return os.Getuid() == 0 && len(f) == 3 && f[2] != "1"
 }
 
 // Root returns the top folder of the source tree.

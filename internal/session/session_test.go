@@ -1,0 +1,145 @@
+// Package session tests whole command lines of both programs, as a person types
+// them, in testdata/*.txtar.
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/testmain"
+	"ambient-emulator/internal/uds"
+)
+
+func init() { runtime.LockOSThread() }
+
+func TestMain(m *testing.M) {
+	if _, fake := fakes[filepath.Base(os.Args[0])]; !fake {
+		testmain.EnterPrivateWorld()
+	}
+	testscript.Main(m, fakes)
+}
+
+func TestSessions(t *testing.T) {
+	bin := build(t)
+	testscript.RunT(sequential{t}, testscript.Params{
+		Dir: "testdata",
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("PATH", bin+":"+env.Getenv("PATH")+":/usr/sbin:/sbin")
+			env.Setenv("BIN", bin)
+			env.Setenv("ONE", "\x01") // the seed's one byte
+			env.Setenv("GORACE", "atexit_sleep_ms=0")
+			return nil
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond == "realroot" {
+				return testmain.RealRoot(), nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"exits":  cmdExits,
+			"await":  cmdAwait,
+			"signal": cmdSignal,
+			"netns":  cmdNetns,
+		},
+	})
+}
+
+// sequential runs the scripts one after the other: they share /run/netns.
+type sequential struct{ *testing.T }
+
+func (sequential) Parallel() {}
+
+func (s sequential) Run(name string, f func(testscript.T)) {
+	s.T.Run(name, func(t *testing.T) { f(sequential{t}) })
+}
+
+func (s sequential) Verbose() bool { return testing.Verbose() }
+
+// build runs the two literal build commands of the README, with the race
+// detector if these tests have it, and returns the folder with the results.
+func build(t *testing.T) string {
+	t.Helper()
+	bin, err := os.MkdirTemp("/tmp", "session") // not t.TempDir: other users run them too
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(bin) })
+	if err := os.Chmod(bin, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"cni-emulator", "ztunnel-emulator"} {
+		args := []string{"build", "-o", filepath.Join(bin, name)}
+		if raceEnabled {
+			args = append(args, "-race")
+		}
+		cmd := exec.Command("go", append(args, name+".go")...)
+		cmd.Dir = filepath.Join(testmain.Root(), name)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go build %s.go: %v\n%s", name, err, out)
+		}
+	}
+	return bin
+}
+
+// exits CODE COMMAND...: the command ends with that exit code.
+func cmdExits(ts *testscript.TestScript, neg bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	got := 0
+	if exit := new(exec.ExitError); errors.As(err, &exit) {
+		got = exit.ExitCode()
+	} else if err != nil {
+		ts.Fatalf("%v", err)
+	}
+	if got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+// await PATH: something stands at PATH; ! await PATH: nothing does. PATH may be
+// a pattern.
+func cmdAwait(ts *testscript.TestScript, neg bool, args []string) {
+	path := args[0]
+	if !filepath.IsAbs(path) {
+		path = ts.MkAbs(path)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		_, err := os.Lstat(path)
+		if (err != nil) == neg {
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("%s is there: %v", path, err == nil)
+		}
+	}
+}
+
+// signal NAME SOCKET: the process that listens on SOCKET gets the signal.
+func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
+	conn, peer, err := uds.Dial(context.Background(), "unix", ts.MkAbs(args[1]))
+	ts.Check(err)
+	conn.Close()
+	ts.Check(unix.Kill(int(peer.PID), unix.SignalNum("SIG"+args[0])))
+}
+
+// netns NAME...: makes namespaces with lo up, and removes them at the end.
+func cmdNetns(ts *testscript.TestScript, neg bool, args []string) {
+	for _, name := range args {
+		ts.Check(ts.Exec("ip", "netns", "add", name))
+		ts.Defer(func() { exec.Command("ip", "netns", "delete", name).Run() })
+		ts.Check(ts.Exec("ip", "-n", name, "link", "set", "lo", "up"))
+	}
+}
