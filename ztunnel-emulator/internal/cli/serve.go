@@ -90,8 +90,8 @@ func report(log *slog.Logger, h inpod.Handoff) {
 	default:
 		log.Info("pod served already", args...)
 	}
-	if h.Added.Loopback != "" {
-		log.Warn(h.Added.Loopback, "netns", h.NetNS)
+	if h.Added.LoopDown {
+		log.Warn(inpod.LoopDownWarning(h.NetNS), "netns", h.NetNS)
 	}
 	if h.ReplyErr != nil && !errors.Is(h.ReplyErr, unix.EPIPE) { // EPIPE: the seed's sender, which does not wait
 		log.Warn("the sender was not told", append(args, "error", h.ReplyErr)...)

@@ -57,7 +57,7 @@ type Added struct {
 	FDs      []int // the listeners' numbers in this process, in the order of Addrs
 	Visit    netns.Visit
 	Watch    time.Duration // from the return home to accepting
-	Loopback string        // a warning if lo is down in the pod, else empty
+	LoopDown bool          // lo is down in the pod: nothing will connect yet
 }
 
 // NewPods returns an empty set. Close it to take all listeners out of all pods.
@@ -78,7 +78,27 @@ func NewPods(log *slog.Logger) (*Pods, error) {
 	if err != nil {
 		return nil, err
 	}
+	growTable(home.FD())
 	return p, nil
+}
+
+// roomFor is how many descriptors the table is made for at the start: four a pod
+// and some thousands of pods.
+const roomFor = 1 << 14
+
+// growTable grows the descriptor table once. Whenever it grows in a process of
+// many threads the kernel waits for an RCU grace period, about 10 ms, and it
+// would do so at each doubling, in the middle of a handoff.
+func growTable(anyFD int) {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return
+	}
+	// The table is made large enough for the number asked for, and never shrinks.
+	highest := min(roomFor, limit.Cur) - 1
+	if fd, err := unix.FcntlInt(uintptr(anyFD), unix.F_DUPFD_CLOEXEC, int(highest)); err == nil {
+		unix.Close(fd)
+	}
 }
 
 // Len returns how many pods are served.
@@ -136,8 +156,8 @@ func (p *Pods) start(self *pod) (Added, error) {
 		return added, fmt.Errorf("%w%s", err, advice(err, self.ns.ID()))
 	}
 	began := time.Now()
-	if up, err := loopbackUp(fds[0]); err == nil && !up {
-		added.Loopback = "lo is down in the pod: nothing will connect until " + podCommand(self.ns.ID(), "ip link set lo up", "ip -n %s link set lo up")
+	if up, err := loopbackUp(fds[0]); err == nil {
+		added.LoopDown = !up
 	}
 	if err := p.acceptor.add(fds); err != nil {
 		closeAll(fds)
@@ -181,6 +201,12 @@ func advice(err error, id netns.ID) string {
 		return "; ztunnel needs CAP_SYS_ADMIN in the user namespace that owns the pod's network namespace"
 	}
 	return ""
+}
+
+// LoopDownWarning words what to do about a pod whose lo is down. It looks for the
+// pod's name, which takes long where there are many; not before the reply.
+func LoopDownWarning(id netns.ID) string {
+	return "lo is down in the pod: nothing will connect until " + podCommand(id, "ip link set lo up", "ip -n %s link set lo up")
 }
 
 // podCommand words a command to run in the pod: with its name if `ip netns`

@@ -384,14 +384,14 @@ func TestLoopbackDown(t *testing.T) {
 	if err := z.hand(pod.FD()); err != nil {
 		t.Fatal(err)
 	}
-	if w := z.report(0).Added.Loopback; !strings.Contains(w, "ip link set lo up") {
-		t.Errorf("warning %q", w)
+	if h := z.report(0); !h.Added.LoopDown || !strings.Contains(LoopDownWarning(h.NetNS), "ip link set lo up") {
+		t.Errorf("lo is down, and reported: %+v", h)
 	}
 	if err := z.hand(netnstest.New(t).FD()); err != nil {
 		t.Fatal(err)
 	}
-	if w := z.report(1).Added.Loopback; w != "" {
-		t.Errorf("warning with lo up: %q", w)
+	if h := z.report(1); h.Added.LoopDown {
+		t.Errorf("lo is up, and reported: %+v", h)
 	}
 }
 
