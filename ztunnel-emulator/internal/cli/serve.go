@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ambient-emulator/internal/handoff"
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/uds"
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
@@ -82,6 +83,10 @@ func report(log *slog.Logger, h inpod.Handoff) {
 	}
 	args = append(args, "peer_pid", h.Peer.PID, "peer_uid", h.Peer.UID, "duration", h.Duration)
 	switch {
+	case errors.Is(h.Err, handoff.ErrSilent):
+		// Another starter that looks whether we live does that, too.
+		log.Info("peer left without a word", args...)
+		return
 	case h.Err != nil:
 		log.Warn("pod refused", append(args, "error", h.Err)...)
 		return

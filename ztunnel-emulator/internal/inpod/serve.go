@@ -150,9 +150,7 @@ func (s *Server) handle(conn *net.UnixConn) Handoff {
 	}
 	h.NetNS = ns.ID()
 	h.Added, h.Err = s.Pods.Add(ns) // takes ns
-	if h.Err != nil {
-		h.Err = fmt.Errorf("%v: %w", h.NetNS, h.Err)
-	} else if h.Added.New && s.Ready != nil {
+	if h.Err == nil && h.Added.New && s.Ready != nil {
 		s.Ready()
 	}
 	return s.reply(conn, h, received)
