@@ -3,6 +3,7 @@ package netnstest
 
 import (
 	"os"
+	"os/exec"
 	"runtime"
 	"testing"
 
@@ -57,11 +58,7 @@ func Make() (*netns.NS, error) {
 // Dup returns a second descriptor of ns for a callee that takes it over.
 func Dup(tb testing.TB, ns *netns.NS) *netns.NS {
 	tb.Helper()
-	fd, err := unix.FcntlInt(uintptr(ns.FD()), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		tb.Fatalf("dup: %v", err)
-	}
-	dup, err := netns.FromFD(fd)
+	dup, err := netns.FromFD(DupFD(tb, ns))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -81,4 +78,26 @@ func loUp() error {
 	}
 	ifr.SetUint16(unix.IFF_UP)
 	return os.NewSyscallError("ioctl SIOCSIFFLAGS", unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr))
+}
+
+// DupFD returns a second descriptor of ns for a callee that takes it over.
+func DupFD(tb testing.TB, ns *netns.NS) int {
+	tb.Helper()
+	fd, err := unix.FcntlInt(uintptr(ns.FD()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		tb.Fatalf("dup: %v", err)
+	}
+	return fd
+}
+
+// Veth makes a veth pair: name in our own namespace, its peer in ns. The kernel
+// removes both when either namespace ends.
+func Veth(tb testing.TB, ns *netns.NS, name string) {
+	tb.Helper()
+	cmd := exec.Command("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", "/proc/self/fd/3")
+	cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(DupFD(tb, ns)), "netns")}
+	defer cmd.ExtraFiles[0].Close()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		tb.Fatalf("ip link add: %v: %s", err, out)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -53,35 +54,64 @@ func Main(args []string, stdout, stderr io.Writer) int {
 
 func newRoot(stdout, stderr io.Writer) *cobra.Command {
 	s := serve{stdout: stdout, stderr: stderr}
+	z := serveZDS{stderr: stderr}
 	root := &cobra.Command{
-		Use:   "ztunnel-emulator <uds_path>",
+		Use:   "ztunnel-emulator <uds_path> | --inpod-uds PATH",
 		Short: "Take pods' network namespaces from a socket and serve listeners inside them",
 		Long: `ztunnel-emulator plays ztunnel, the node proxy of Istio's ambient mode.
 
-It listens on the Unix socket <uds_path> for network namespaces, which
+With <uds_path> it listens on that Unix socket for network namespaces, which
 cni-emulator sends. For each it enters the namespace on one thread, binds
 127.0.0.1:15008, 15006 and 15001 there, comes back, prints "listeners ready" on
 stdout and tells the sender. It serves any number of pods until SIGINT or
-SIGTERM; a pod lives until then.
+SIGTERM; a pod lives until then. It needs CAP_SYS_ADMIN: run it with sudo, or
+give it that alone with
+  sudo setcap cap_sys_admin+ep ./ztunnel-emulator
 
-A connection to one of the ports is answered with "ok" and closed.
+With --inpod-uds it works as the real ztunnel does: it dials the node agent at
+PATH (istio-cni, or cni-emulator serve) and speaks ZDS. Listeners are bound to
+the wildcard address, marked and shareable with the next ztunnel. Readiness is
+at :15021/healthz/ready, so each ztunnel needs a network namespace of its own
+to live in. SIGTERM lets running connections end first. It needs CAP_NET_ADMIN,
+too. The agent's socket is never guessed: a second ztunnel on a production
+agent takes over its new pods.
 
-It needs CAP_SYS_ADMIN: run it with sudo, or give it that alone with
-  sudo setcap cap_sys_admin+ep ./ztunnel-emulator`,
+A connection to one of the ports is answered with "ok" and closed.`,
 		Example: `  sudo ip netns add ns2 && sudo ip -n ns2 link set lo up
   sudo ztunnel-emulator /tmp/zt.sock &
   sudo cni-emulator /tmp/zt.sock /var/run/netns/ns2
   sudo ip netns exec ns2 ss -ntlp
   sudo ip netns exec ns2 nc -v -z localhost 15008
 
+  sudo cni-emulator serve &
+  sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock &
+  sudo cni-emulator add ns2
+
+Environment, with --inpod-uds (names and defaults are the real ztunnel's):
+  INPOD_UDS                        the agent's socket, in place of --inpod-uds
+  IPV6_ENABLED=true                bind [::], which takes IPv4 too; else 0.0.0.0
+  PACKET_MARK=1337                 the mark of every socket in a pod; 0 for none
+  INPOD_PORT_REUSE=true            share ports with the next ztunnel
+  ENABLE_ORIG_SRC                  true: transparent sockets or fail; false: none;
+                                   unset: if it may
+  CONNECTION_TERMINATION_DEADLINE=5s
+                                   how long connections may go on after SIGTERM
+  TERMINATION_GRACE_PERIOD_SECONDS if that is unset: some seconds less than this
+
 Exit codes:
   0  stopped by a signal, everything closed
-  1  it failed; stderr says why
+  1  it failed, or the agent broke the protocol; stderr says why
   2  the words of the call were wrong`,
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case len(args) == 0 && z.path != "":
+				return nil
+			case len(args) > 0 && cmd.Flags().Changed("inpod-uds"):
+				return usageError{errors.New("either listen on <uds_path> or dial --inpod-uds, not both")}
+			}
 			switch len(args) {
 			case 0:
 				cmd.SetOut(stderr)
@@ -92,11 +122,20 @@ Exit codes:
 			}
 			return usageError{fmt.Errorf("one socket path, please; what is %q?", args[1])}
 		},
-		RunE: func(cmd *cobra.Command, args []string) error { return s.run(args[0]) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return z.run()
+			}
+			return s.run(args[0])
+		},
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
-	root.Flags().BoolVarP(&s.explain, "explain", "v", false, "narrate each handoff on stderr")
+	f := root.Flags()
+	f.SortFlags = false
+	f.StringVar(&z.path, "inpod-uds", os.Getenv("INPOD_UDS"), "dial the node agent at this `path` and speak ZDS (env INPOD_UDS)")
+	f.BoolVar(&z.trace, "trace-zds", false, "print each ZDS packet on stderr")
+	f.BoolVarP(&s.explain, "explain", "v", false, "narrate each handoff on stderr")
 	root.AddCommand(newCompletion())
 	root.SetHelpCommand(&cobra.Command{Use: "no-help", Hidden: true}) // --help is enough
 	root.CompletionOptions.DisableDefaultCmd = true

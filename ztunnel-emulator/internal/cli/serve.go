@@ -108,9 +108,14 @@ func capabilityError(err error) error {
 	if !errors.Is(err, unix.EPERM) {
 		return err
 	}
-	exe, exeErr := os.Executable()
-	if exeErr != nil {
-		exe = "./ztunnel-emulator"
+	return fmt.Errorf("entering a pod's network namespace needs CAP_SYS_ADMIN, which this process lacks: run it with sudo, or once: sudo setcap cap_sys_admin+ep %s", executable())
+}
+
+// executable is our own path, for advice.
+func executable() string {
+	exe, err := os.Executable()
+	if err != nil {
+		return "./ztunnel-emulator"
 	}
-	return fmt.Errorf("entering a pod's network namespace needs CAP_SYS_ADMIN, which this process lacks: run it with sudo, or once: sudo setcap cap_sys_admin+ep %s", exe)
+	return exe
 }

@@ -14,17 +14,17 @@ import (
 // and one goroutine. A goroutine a listener would be more usual, and cost a pod
 // three stacks while nothing happens.
 type acceptor struct {
-	handle func(fd int) // owns fd; must not block
+	handle func(owner *pod, fd int) // owns fd; must not block
 	log    *slog.Logger
 
 	epoll *os.File // itself watched by the Go runtime's poller
 	done  chan struct{}
 
-	mu        sync.Mutex // held across accept and close: a closed number may come back as another socket
-	listeners map[int]struct{}
+	mu        sync.Mutex // held across accept and remove: a closed number may come back as another socket
+	listeners map[int]*pod
 }
 
-func newAcceptor(handle func(fd int), log *slog.Logger) (*acceptor, error) {
+func newAcceptor(handle func(owner *pod, fd int), log *slog.Logger) (*acceptor, error) {
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
@@ -40,15 +40,15 @@ func newAcceptor(handle func(fd int), log *slog.Logger) (*acceptor, error) {
 		log:       log,
 		epoll:     os.NewFile(uintptr(fd), "epoll"),
 		done:      make(chan struct{}),
-		listeners: make(map[int]struct{}),
+		listeners: make(map[int]*pod),
 	}
 	go a.run()
 	return a, nil
 }
 
-// add starts accepting from fds, all or none. They become the acceptor's on
-// success, until remove.
-func (a *acceptor) add(fds []int) error {
+// add starts accepting from fds, all or none. The acceptor may use them until
+// remove.
+func (a *acceptor) add(owner *pod, fds []int) error {
 	raw, err := a.epoll.SyscallConn()
 	if err != nil {
 		return err
@@ -74,19 +74,27 @@ func (a *acceptor) add(fds []int) error {
 		return err
 	}
 	for _, fd := range fds {
-		a.listeners[fd] = struct{}{}
+		a.listeners[fd] = owner
 	}
 	return nil
 }
 
-// remove closes fds; the kernel takes them out of the epoll set.
-func (a *acceptor) remove(fds []int) error {
+// remove ends the accepting from fds; the caller may do with them as it likes.
+func (a *acceptor) remove(fds []int) {
+	raw, err := a.epoll.SyscallConn()
+	if err != nil {
+		return
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	raw.Control(func(epfd uintptr) {
+		for _, fd := range fds {
+			unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, fd, nil)
+		}
+	})
 	for _, fd := range fds {
 		delete(a.listeners, fd)
 	}
-	return closeAll(fds)
 }
 
 // close ends the goroutine. Listeners that are left are not closed.
@@ -149,7 +157,8 @@ const fair = 64
 func (a *acceptor) accept(listener int) error {
 	for range fair {
 		a.mu.Lock()
-		if _, ok := a.listeners[listener]; !ok {
+		owner := a.listeners[listener]
+		if owner == nil {
 			a.mu.Unlock()
 			return nil // removed since the event
 		}
@@ -157,7 +166,7 @@ func (a *acceptor) accept(listener int) error {
 		a.mu.Unlock()
 		switch {
 		case err == nil:
-			a.handle(fd)
+			a.handle(owner, fd)
 		case errors.Is(err, unix.EAGAIN):
 			return nil
 		case exhausted(err):
@@ -184,7 +193,10 @@ func (p *pauser) reset() { p.cur = 0 }
 // next returns the pause that wait will make.
 func (p *pauser) next() time.Duration { return min(max(p.cur*2, p.least), p.most) }
 
-func (p *pauser) wait() {
+// advance makes the next pause the current one, and returns it.
+func (p *pauser) advance() time.Duration {
 	p.cur = p.next()
-	time.Sleep(p.cur)
+	return p.cur
 }
+
+func (p *pauser) wait() { time.Sleep(p.advance()) }

@@ -25,15 +25,15 @@ type answerer struct {
 
 	mu     sync.Mutex
 	closed bool
-	open   map[*os.File]struct{}
+	open   map[*os.File]*pod
 }
 
 func newAnswerer() *answerer {
-	return &answerer{slots: make(chan struct{}, lingerMost), open: make(map[*os.File]struct{})}
+	return &answerer{slots: make(chan struct{}, lingerMost), open: make(map[*os.File]*pod)}
 }
 
 // answer answers the connection fd, which it owns, and returns at once.
-func (a *answerer) answer(fd int) {
+func (a *answerer) answer(owner *pod, fd int) {
 	// Three bytes into an empty socket buffer: this can't block, and an error
 	// means that the client is gone.
 	_, err := unix.Write(fd, []byte(Answer))
@@ -58,7 +58,7 @@ func (a *answerer) answer(fd int) {
 		<-a.slots
 		return
 	}
-	a.open[f] = struct{}{}
+	a.open[f] = owner
 	a.wg.Add(1)
 	a.mu.Unlock()
 	go a.linger(f)
@@ -74,6 +74,30 @@ func (a *answerer) linger(f *os.File) {
 	a.mu.Unlock()
 	f.Close()
 	<-a.slots
+}
+
+// cut ends the connections of one pod. They close in a moment.
+func (a *answerer) cut(owner *pod) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for f, p := range a.open {
+		if p == owner {
+			f.SetReadDeadline(time.Unix(1, 0))
+		}
+	}
+}
+
+// waitIdle waits until all connections have ended by themselves, so long at most.
+func (a *answerer) waitIdle(most time.Duration) {
+	idle := make(chan struct{})
+	go func() {
+		a.wg.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+	case <-time.After(most):
+	}
 }
 
 // close cuts every connection and waits until they are closed.

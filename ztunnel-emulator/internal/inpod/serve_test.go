@@ -54,7 +54,7 @@ func startWith(t *testing.T, open socketFactory) *ztunnel {
 	if z.pods, err = NewPods(log); err != nil {
 		t.Fatal(err)
 	}
-	z.pods.open = open
+	z.pods.engine.open = open
 	l, err := uds.Listen("unix", z.path)
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,83 @@
+package cli
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"ambient-emulator/ztunnel-emulator/internal/inpod"
+)
+
+// config is what the real ztunnel's environment variables say. One that does
+// not parse is an error, as there.
+type config struct {
+	socket   inpod.SocketConfig
+	deadline time.Duration // for connections that run when a signal comes
+}
+
+func readConfig() (config, error) {
+	c := config{
+		socket:   inpod.SocketConfig{IPv6: true, Mark: inpod.DefaultMark, PortReuse: true},
+		deadline: 5 * time.Second,
+	}
+	if v, ok, err := envBool("IPV6_ENABLED"); err != nil {
+		return c, err
+	} else if ok {
+		c.socket.IPv6 = v
+	}
+	if v, ok, err := envBool("INPOD_PORT_REUSE"); err != nil {
+		return c, err
+	} else if ok {
+		c.socket.PortReuse = v
+	}
+	if v, ok, err := envBool("ENABLE_ORIG_SRC"); err != nil {
+		return c, err
+	} else if ok {
+		c.socket.OrigSrc = &v
+	}
+	if v, ok := os.LookupEnv("PACKET_MARK"); ok {
+		mark, err := strconv.ParseUint(v, 10, 32)
+		if err != nil {
+			return c, usageError{fmt.Errorf("PACKET_MARK=%s: it takes a decimal number of 32 bits; 0 for no mark", v)}
+		}
+		c.socket.Mark = uint32(mark)
+	}
+
+	if v, ok := os.LookupEnv("CONNECTION_TERMINATION_DEADLINE"); ok {
+		d, err := time.ParseDuration(v)
+		if err != nil || d < 0 {
+			return c, usageError{fmt.Errorf("CONNECTION_TERMINATION_DEADLINE=%s: it takes a duration such as 5s or 1m30s", v)}
+		}
+		c.deadline = d
+	} else if v, ok := os.LookupEnv("TERMINATION_GRACE_PERIOD_SECONDS"); ok {
+		n, err := strconv.ParseUint(v, 10, 31)
+		if err != nil {
+			return c, usageError{fmt.Errorf("TERMINATION_GRACE_PERIOD_SECONDS=%s: it takes a number of seconds", v)}
+		}
+		c.deadline = graceDeadline(int(n))
+	}
+	return c, nil
+}
+
+// graceDeadline leaves some seconds of a pod's grace period for the rest.
+func graceDeadline(grace int) time.Duration {
+	if grace > 10 {
+		return time.Duration(grace-5) * time.Second
+	}
+	return time.Duration(max(grace-1, 1)) * time.Second
+}
+
+// envBool reads a boolean as ztunnel does: exactly true or false.
+func envBool(name string) (value, ok bool, err error) {
+	v, ok := os.LookupEnv(name)
+	switch {
+	case !ok:
+		return false, false, nil
+	case v == "true":
+		return true, true, nil
+	case v == "false":
+		return false, true, nil
+	}
+	return false, true, usageError{fmt.Errorf("%s=%s: it takes true or false", name, v)}
+}

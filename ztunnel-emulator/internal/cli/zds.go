@@ -1,0 +1,115 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/zds"
+	"ambient-emulator/ztunnel-emulator/internal/inpod"
+)
+
+// serveZDS is the real direction: dial the node agent, serve what it names.
+type serveZDS struct {
+	path   string
+	trace  bool
+	stderr io.Writer
+}
+
+func (z *serveZDS) run() error {
+	log := slog.New(slog.NewTextHandler(z.stderr, nil))
+	config, err := readConfig()
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+
+	if err := netns.Probe(); err != nil {
+		return capabilityError(err)
+	}
+	hadIPv6 := config.socket.IPv6
+	if err := config.socket.Probe(); errors.Is(err, inpod.ErrNoMark) {
+		return fmt.Errorf("%w: run it with sudo, or once: sudo setcap cap_sys_admin,cap_net_admin+ep %s; PACKET_MARK=0 does without", err, executable())
+	} else if err != nil {
+		return err
+	}
+	if hadIPv6 && !config.socket.IPv6 {
+		log.Warn("this kernel has no IPv6: pods get listeners on 0.0.0.0")
+	}
+
+	readiness := new(inpod.Readiness)
+	readiness.Block(inpod.ReadyTask)
+	probes, err := serveReadiness(readiness, config.socket.IPv6)
+	if err != nil {
+		return err
+	}
+	defer probes.Close()
+
+	workloads, err := inpod.NewWorkloads(config.socket, log)
+	if err != nil {
+		return err
+	}
+	manager := &inpod.Manager{Path: z.path, Workloads: workloads, Readiness: readiness, Log: log}
+	if z.trace {
+		manager.Trace = z.tracer()
+	}
+	log.Info("dialling the agent", "socket", z.path, "pid", os.Getpid(), "version", version)
+
+	// Not on this goroutine, which is locked to the main thread.
+	done := make(chan error, 1)
+	go func() { done <- manager.Run(ctx) }()
+	if err := <-done; err != nil {
+		// The agent and we do not understand each other. The real ztunnel ends
+		// here without draining; the kernel closes what is open.
+		return err
+	}
+
+	stop() // from here on a second signal ends the process at once
+	n := workloads.Counts().Active
+	log.Info("draining", "pods", n, "deadline", config.deadline)
+	err = workloads.Close(config.deadline)
+	log.Info("stopped", "pods", n)
+	return err
+}
+
+// tracer prints packets, a line each.
+func (z *serveZDS) tracer() func(zds.Packet) {
+	var mu sync.Mutex
+	return func(p zds.Packet) {
+		mu.Lock()
+		defer mu.Unlock()
+		fmt.Fprintln(z.stderr, p)
+	}
+}
+
+// serveReadiness answers readiness probes on ztunnel's fixed port.
+func serveReadiness(h http.Handler, ipv6 bool) (io.Closer, error) {
+	network, addr := "tcp4", fmt.Sprintf("0.0.0.0:%d", inpod.ReadinessPort)
+	if ipv6 {
+		network, addr = "tcp", fmt.Sprintf("[::]:%d", inpod.ReadinessPort)
+	}
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(context.Background(), network, addr)
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("readiness: listen on %s: address already in use; is there another ztunnel in this network namespace? Give each its own: ip netns exec NODE ztunnel-emulator …", addr)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("readiness: %w", err)
+	}
+	server := &http.Server{Handler: h, ReadHeaderTimeout: 2 * time.Second, MaxHeaderBytes: 8 << 10}
+	go server.Serve(l) // until Close
+	return server, nil
+}
