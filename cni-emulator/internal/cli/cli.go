@@ -31,11 +31,14 @@ func (e usageError) Unwrap() error { return e.error }
 // Main runs the command line and returns the exit code.
 func Main(args []string, stdout, stderr io.Writer) int {
 	root := newRoot(stderr)
+	if len(args) == 0 || !isSocketPath(args[0]) { // a path, be it called like a verb
+		root.AddCommand(newServe(stderr), newAdd(), newDel(), newList(), newStatus())
+	}
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 
-	err := root.Execute()
+	cmd, err := root.ExecuteC()
 	if err == nil {
 		return exitDone
 	}
@@ -43,7 +46,7 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	var usage usageError
 	switch {
 	case errors.As(err, &usage):
-		fmt.Fprintln(stderr, "See `cni-emulator --help`.")
+		fmt.Fprintf(stderr, "See `%s --help`.\n", cmd.CommandPath())
 		return exitUsage
 	case errors.Is(err, handoff.ErrNotConfirmed):
 		return exitNotConfirmed

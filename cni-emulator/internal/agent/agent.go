@@ -1,0 +1,119 @@
+// Package agent is the node agent: it knows which pods exist, holds their
+// network namespaces open, and tells ztunnels about them over ZDS.
+//
+// A ztunnel that connects gets a snapshot of all pods, then updates: a new pod
+// goes to the newest ztunnel, a deleted one to all of them. Verbs reach the
+// agent over a second socket, with a wire of our own (package control).
+//
+// One lock, Agent.mu, guards the pods and the queues of the ztunnels, so that
+// what goes to a ztunnel goes in the order in which it became true. Nobody sends
+// or waits with the lock held.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/uds"
+	"ambient-emulator/internal/zds"
+)
+
+// Config is what a person decides.
+type Config struct {
+	ZDS     string    // where ztunnels connect
+	Control string    // where verbs connect
+	Trace   io.Writer // gets a line for each ZDS packet; nil: nobody
+	Log     *slog.Logger
+}
+
+// Agent is a node agent. New makes it, Run runs it.
+type Agent struct {
+	cfg        Config
+	log        *slog.Logger
+	since      time.Time
+	home, host netns.ID // never pods
+	timeout    time.Duration
+
+	zdsUDS, controlUDS *uds.Listener
+
+	mu       sync.Mutex
+	pods     map[string]*pod // by uid
+	byNetNS  map[netns.ID]*pod
+	ztunnels []*ztunnel // in the order in which they said hello: the last is the newest
+	count    int        // connections so far
+}
+
+// New opens the two sockets. Nobody is served before Run; whoever connects
+// earlier waits in the backlog.
+func New(cfg Config) (*Agent, error) {
+	home, err := netns.Home()
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		cfg:     cfg,
+		log:     cfg.Log,
+		since:   time.Now(),
+		home:    home.ID(),
+		timeout: Timeout,
+		pods:    make(map[string]*pod),
+		byNetNS: make(map[netns.ID]*pod),
+	}
+	// An ordinary user may not look at pid 1, and can't hand over its namespace
+	// either.
+	if host, err := netns.Open("/proc/1/ns/net"); err == nil {
+		a.host = host.ID()
+		host.Close()
+	}
+	// The verbs' socket first: it is what tells that another agent runs.
+	if a.controlUDS, err = uds.Listen(control.Network, cfg.Control); err != nil {
+		return nil, fmt.Errorf("the socket for verbs: %w", err)
+	}
+	if a.zdsUDS, err = uds.Listen(zds.Network, cfg.ZDS); err != nil {
+		return nil, errors.Join(fmt.Errorf("the socket for ztunnels: %w", err), a.controlUDS.Close())
+	}
+	return a, nil
+}
+
+// Run serves until ctx ends, and gives back everything that New and Run have
+// opened. The pods' ztunnels go on without us.
+func (a *Agent) Run(ctx context.Context) error {
+	a.log.Info("listening for ztunnels", "socket", a.cfg.ZDS, "pid", os.Getpid())
+	a.log.Info("listening for verbs", "socket", a.cfg.Control)
+
+	var wg sync.WaitGroup
+	failed := make(chan error, 2)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	wg.Go(func() {
+		err := a.serve(ctx, a.zdsUDS, server{name: "ztunnels", places: MaxZtunnels, burst: acceptBurst, handle: a.serveZtunnel})
+		failed <- err
+		cancel(err)
+	})
+	wg.Go(func() {
+		err := a.serve(ctx, a.controlUDS, server{name: "verbs", places: MaxVerbs, handle: a.serveVerb})
+		failed <- err
+		cancel(err)
+	})
+	wg.Wait()
+	err := errors.Join(<-failed, <-failed, a.zdsUDS.Close(), a.controlUDS.Close())
+
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.log.Info("stopped", "pods", len(a.pods))
+	for _, p := range a.pods {
+		a.unbind(p, ErrStopping)
+	}
+	return err
+}
+
+// changed notes that the pods are not what they were. The caller holds the lock.
+func (a *Agent) changed() {}

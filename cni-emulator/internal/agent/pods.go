@@ -1,0 +1,249 @@
+package agent
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"google.golang.org/protobuf/proto"
+
+	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/zds"
+)
+
+// What is wrong with a pod.
+var (
+	ErrNotAPod  = errors.New("a pod has a network namespace of its own")
+	ErrTaken    = errors.New("the namespace belongs to another pod")
+	ErrNoPod    = errors.New("no such pod")
+	ErrReplaced = errors.New("the pod was given another namespace meanwhile")
+	ErrDeleted  = errors.New("the pod was deleted meanwhile")
+	ErrStopping = errors.New("the agent is stopping")
+)
+
+// pod is a pod as the agent knows it. Agent.mu guards all of it.
+type pod struct {
+	control.PodID
+	watched     bool
+	netns       *handle // its own reference; nil when the namespace is not at hand, and then it goes out as a keep
+	lastError   string
+	lastErrorAt time.Time
+	waiters     []chan Outcome
+}
+
+// Outcome is how a pod's add ended at a ztunnel.
+type Outcome struct {
+	PID  int32  // the ztunnel's
+	Nack string // its words, or "" for an ack
+	Err  error  // nobody will answer any more
+}
+
+func (p *pod) String() string { return p.Namespace + "/" + p.Name }
+
+func (p *pod) fail(text string) { p.lastError, p.lastErrorAt = text, time.Now() }
+
+// tell ends the wait of everybody who waits for the pod's answer. Each channel
+// has room for it.
+func (p *pod) tell(o Outcome) {
+	for _, w := range p.waiters {
+		w <- o
+	}
+	p.waiters = nil
+}
+
+// checkWords judges what a person said about a pod.
+func checkWords(id control.PodID) error {
+	for _, w := range [][2]string{{"name", id.Name}, {"namespace", id.Namespace}, {"service account", id.ServiceAccount}, {"uid", id.UID}} {
+		what, word := w[0], w[1]
+		if word == "" {
+			return fmt.Errorf("the pod's %s is empty", what)
+		}
+		if !utf8.ValidString(word) || strings.ContainsFunc(word, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			return fmt.Errorf("the pod's %s %q has characters that can't be printed", what, word)
+		}
+	}
+	if n := proto.Size(addRequest(id)); n > zds.MaxPacket {
+		return fmt.Errorf("%w: it would have %d; choose shorter names", zds.ErrTooLong, n)
+	}
+	return nil
+}
+
+func addRequest(id control.PodID) *zds.WorkloadRequest {
+	return zds.Add(id.UID, id.Name, id.Namespace, id.ServiceAccount)
+}
+
+// checkNetNS refuses namespaces that are no pod's. A ztunnel that listened in
+// one of them would catch the node's own traffic.
+func (a *Agent) checkNetNS(id netns.ID) error {
+	switch id {
+	case a.home:
+		return fmt.Errorf("%v is the agent's own network namespace: %w", id, ErrNotAPod)
+	case a.host:
+		return fmt.Errorf("%v is the host's network namespace: %w", id, ErrNotAPod)
+	}
+	return nil
+}
+
+// Add makes a pod known, or known anew, and sends it to the newest ztunnel. It
+// takes ns over. The same uid with the same namespace is a success that changes
+// nothing but the names; with another namespace it replaces the pod.
+//
+// The outcome goes to waiter, which has room for one, once a ztunnel has
+// answered; waiter may be nil. Add itself waits for nobody. connected tells
+// whether there is a ztunnel to answer.
+//
+// As in the real agent the add goes out even if nothing has changed: ztunnel
+// takes it as a no-op, and a pod that it could not serve is tried again.
+func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Outcome) (connected bool, err error) {
+	h := newHandle(ns, a.log)
+	if err := cmp.Or(checkWords(id), a.checkNetNS(ns.ID())); err != nil {
+		h.release()
+		return false, err
+	}
+
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	// One namespace, one pod. The real agent does not look; there the second
+	// pod's listeners share the first one's ports, and traffic gets either
+	// identity. A handle in the table pins its namespace, so IDs can be compared.
+	if other := a.byNetNS[ns.ID()]; other != nil && other.UID != id.UID {
+		h.release()
+		return false, fmt.Errorf("%w: %v is %s (uid %s); `del` that first", ErrTaken, ns.ID(), other, other.UID)
+	}
+	p := a.pods[id.UID]
+	switch {
+	case p == nil:
+		p = &pod{PodID: id, watched: watched, netns: h}
+		a.pods[id.UID] = p
+		a.log.Info("pod added", "pod", p, "uid", id.UID, "netns", ns.ID())
+	case p.netns != nil && p.netns.ns.ID() == ns.ID():
+		p.PodID = id
+		h.release()
+	default:
+		a.unbind(p, ErrReplaced)
+		p.PodID, p.watched, p.netns = id, watched, h
+		a.log.Info("pod replaced", "pod", p, "uid", id.UID, "netns", ns.ID())
+	}
+	a.byNetNS[ns.ID()] = p
+	a.changed()
+
+	if waiter != nil {
+		p.waiters = append(p.waiters, waiter)
+	}
+	z := a.newest()
+	if z == nil {
+		return false, nil
+	}
+	a.push(z, a.addOp(p))
+	return true, nil
+}
+
+// unwait takes a waiter back that has lost its patience.
+func (a *Agent) unwait(uid string, waiter chan Outcome) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if p := a.pods[uid]; p != nil {
+		p.waiters = slices.DeleteFunc(p.waiters, func(w chan Outcome) bool { return w == waiter })
+	}
+}
+
+// unbind parts a pod from its namespace, and from what was said about it. The
+// caller holds the lock.
+func (a *Agent) unbind(p *pod, why error) {
+	if p.netns != nil {
+		delete(a.byNetNS, p.netns.ns.ID())
+		p.netns.release()
+		p.netns = nil
+	}
+	p.lastError, p.lastErrorAt = "", time.Time{}
+	for _, z := range a.ztunnels {
+		delete(z.answers, p.UID)
+	}
+	p.tell(Outcome{Err: why})
+}
+
+// Find returns the uid of the pod that a person means.
+func (a *Agent) Find(id control.PodID) (uid string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if id.UID != "" {
+		if a.pods[id.UID] == nil {
+			return "", fmt.Errorf("%w: uid %s; `cni-emulator list` shows what there is", ErrNoPod, id.UID)
+		}
+		return id.UID, nil
+	}
+	var found []string
+	for uid, p := range a.pods {
+		if p.Name == id.Name && p.Namespace == id.Namespace {
+			found = append(found, uid)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return "", fmt.Errorf("%w: %s/%s; `cni-emulator list` shows what there is", ErrNoPod, id.Namespace, id.Name)
+	}
+	slices.Sort(found)
+	return "", fmt.Errorf("%d pods are called %s/%s; name one with --uid: %s", len(found), id.Namespace, id.Name, strings.Join(found, ", "))
+}
+
+// Delete forgets a pod and tells every ztunnel. Each of the n gives one outcome;
+// one that leaves instead of answering has given it: it comes back to a snapshot
+// without the pod. With onlyWatched a pod that a person added is left alone.
+func (a *Agent) Delete(uid string, onlyWatched bool) (n int, outcomes <-chan Outcome, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.pods[uid]
+	if p == nil {
+		return 0, nil, fmt.Errorf("%w: uid %s", ErrNoPod, uid)
+	}
+	if onlyWatched && !p.watched {
+		return 0, nil, nil
+	}
+	a.unbind(p, ErrDeleted)
+	delete(a.pods, uid)
+	a.changed()
+	a.log.Info("pod deleted", "pod", p, "uid", uid)
+
+	// push may drop a ztunnel that is too far behind, and so change the list.
+	told := slices.Clone(a.ztunnels)
+	answers := make(chan Outcome, len(told))
+	for _, z := range told {
+		a.push(z, &op{what: "del", uid: uid, req: zds.Del(uid), done: answers})
+	}
+	return len(told), answers, nil
+}
+
+// List returns all pods, by namespace, name and uid.
+func (a *Agent) List() []control.Pod {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	list := make([]control.Pod, 0, len(a.pods))
+	for _, p := range a.pods {
+		row := control.Pod{PodID: p.PodID, Watched: p.watched, LastError: p.lastError, Ztunnels: []control.Answer{}}
+		if p.netns != nil {
+			row.NetNS, row.Inode = p.netns.ns.ID().String(), p.netns.ns.ID().Ino
+		}
+		if p.lastError != "" {
+			at := p.lastErrorAt
+			row.LastErrorAt = &at
+		}
+		for _, z := range a.ztunnels {
+			if said, ok := z.answers[p.UID]; ok {
+				row.Ztunnels = append(row.Ztunnels, control.Answer{Ztunnel: z.number, PID: z.peer.PID, To: said.to, At: said.at, Nack: said.nack})
+			}
+		}
+		list = append(list, row)
+	}
+	slices.SortFunc(list, func(x, y control.Pod) int {
+		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Name, y.Name), strings.Compare(x.UID, y.UID))
+	})
+	return list
+}

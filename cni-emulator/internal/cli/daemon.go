@@ -1,0 +1,118 @@
+package cli
+
+import (
+	"context"
+	"crypto/sha1"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"unicode"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/internal/fdpass"
+	"ambient-emulator/internal/handoff"
+)
+
+// runDir is where the daemon's sockets are unless a person says otherwise: root's
+// own directory, or the user's. It is never a production path.
+func runDir() (string, error) {
+	const name = "cni-emulator"
+	if os.Geteuid() == 0 {
+		return filepath.Join("/run", name), nil
+	}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		return filepath.Join(dir, name), nil
+	}
+	return "", errors.New("XDG_RUNTIME_DIR is not set, so there is no place of yours for sockets")
+}
+
+// defaultPath returns the path of a file in runDir, or "" if there is no such
+// directory; whoever needs the path then says why.
+func defaultPath(file string) string {
+	dir, err := runDir()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(dir, file)
+}
+
+// needPath returns path, or what is to be done when there is none.
+func needPath(path, flag string) (string, error) {
+	if path != "" {
+		return path, nil
+	}
+	_, err := runDir()
+	if err == nil {
+		err = errors.New("the path is empty")
+	}
+	return "", usageError{fmt.Errorf("%w: name the socket with %s", err, flag)}
+}
+
+// daemonFlags are the flags of every verb that asks the daemon.
+type daemonFlags struct{ control string }
+
+func (d *daemonFlags) register(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&d.control, "control-uds", defaultPath("control.sock"), "the daemon's socket for verbs")
+}
+
+// call asks the daemon, and words what can go wrong with that.
+func (d *daemonFlags) call(ctx context.Context, req control.Request, fd int, each func(control.Reply)) error {
+	path, err := needPath(d.control, "--control-uds")
+	if err != nil {
+		return err
+	}
+	r, err := control.Call(ctx, path, req, fd, each)
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED):
+		return fmt.Errorf("no agent listens at %s: start one with `cni-emulator serve`, or name its socket with --control-uds", path)
+	case err != nil:
+		return err
+	case r.Unconfirmed:
+		// The daemon's words say it already.
+		return unconfirmedError{errors.New(printable(r.Error))}
+	case r.Error != "":
+		return errors.New(printable(r.Error))
+	}
+	return nil
+}
+
+// ask is call for a verb that sends no descriptor.
+func (d *daemonFlags) ask(ctx context.Context, req control.Request, each func(control.Reply)) error {
+	return d.call(ctx, req, fdpass.NoFD, each)
+}
+
+// unconfirmedError makes an error one of exit code 3.
+type unconfirmedError struct{ error }
+
+func (unconfirmedError) Is(target error) bool { return target == handoff.ErrNotConfirmed }
+
+// printable makes a ztunnel's words safe for a terminal. Its longer ones have
+// several lines.
+func printable(s string) string {
+	s = strings.ReplaceAll(s, "\n", "; ")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, s)
+}
+
+// podUID is a pod's uid when nobody names one. The real agent uses the pod's,
+// which the API server makes at random; here it follows from the names, so that
+// the same add again is the same pod. It has the same shape: a UUID of version 5
+// (RFC 9562) under a name space of our own.
+func podUID(namespace, name string) string {
+	h := sha1.New()
+	h.Write([]byte("cni-emulator pod"))
+	h.Write([]byte(namespace + "/" + name))
+	u := h.Sum(nil)[:16]
+	u[6] = u[6]&0x0f | 0x50
+	u[8] = u[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[0:4], u[4:6], u[6:8], u[8:10], u[10:16])
+}

@@ -1,0 +1,110 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/signal"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/cni-emulator/internal/agent"
+)
+
+// serve is the node agent, from its sockets until a signal.
+type serve struct {
+	zds, control string
+	trace        bool
+	stderr       io.Writer
+}
+
+func newServe(stderr io.Writer) *cobra.Command {
+	s := serve{stderr: stderr}
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the node agent: ztunnels connect to it, verbs talk to it",
+		Long: `serve is the node agent. It listens on one socket for ztunnels, which it tells of
+pods as the real agent does (ZDS), and on another for the verbs add, del, list
+and status.
+
+It needs no capability: verbs open namespaces, ztunnel enters them.`,
+		Example: `  sudo cni-emulator serve &
+  sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock &
+  sudo ip netns add web && sudo ip -n web link set lo up
+  sudo cni-emulator add web
+  sudo cni-emulator list
+
+Exit codes:
+  0  stopped by SIGINT or SIGTERM, the sockets removed; ztunnels go on serving their pods
+  1  it failed; stderr says why
+  2  the words of the call were wrong`,
+		Args:              noArgs,
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE:              func(*cobra.Command, []string) error { return s.run() },
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVar(&s.zds, "zds-uds", defaultPath("zds.sock"), "where ztunnels connect")
+	f.StringVar(&s.control, "control-uds", defaultPath("control.sock"), "where verbs connect")
+	f.BoolVar(&s.trace, "trace-zds", false, "print each ZDS packet on stderr")
+	return cmd
+}
+
+func (s *serve) run() error {
+	var err error
+	if s.zds, err = needPath(s.zds, "--zds-uds"); err != nil {
+		return err
+	}
+	if s.control, err = needPath(s.control, "--control-uds"); err != nil {
+		return err
+	}
+	if err := makeRunDir(s.zds, s.control); err != nil {
+		return err
+	}
+	cfg := agent.Config{ZDS: s.zds, Control: s.control, Log: slog.New(slog.NewTextHandler(s.stderr, nil))}
+	if s.trace {
+		cfg.Trace = s.stderr
+	}
+
+	// From the first instant: a signal that comes while we start must not leave
+	// the sockets' files behind.
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+
+	// Not on this goroutine: it is locked to the main thread, and every wait
+	// would be a switch of threads.
+	served := make(chan error, 1)
+	go serveAgent(ctx, cfg, served)
+	return <-served
+}
+
+func serveAgent(ctx context.Context, cfg agent.Config, served chan<- error) {
+	a, err := agent.New(cfg)
+	if err == nil {
+		err = a.Run(ctx)
+	}
+	served <- err
+}
+
+// makeRunDir makes the directory of a socket that is at its default path.
+func makeRunDir(sockets ...string) error {
+	for _, path := range sockets {
+		if path != defaultPath("zds.sock") && path != defaultPath("control.sock") {
+			continue
+		}
+		dir, err := runDir()
+		if err != nil {
+			return err
+		}
+		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("%w; or name other places with --zds-uds and --control-uds", err)
+		}
+	}
+	return nil
+}
