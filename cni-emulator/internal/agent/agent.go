@@ -30,6 +30,7 @@ import (
 type Config struct {
 	ZDS     string    // where ztunnels connect
 	Control string    // where verbs connect
+	State   string    // file that remembers the pods across the agent's death; "": none
 	Trace   io.Writer // gets a line for each ZDS packet; nil: nobody
 	Log     *slog.Logger
 }
@@ -44,15 +45,19 @@ type Agent struct {
 
 	zdsUDS, controlUDS *uds.Listener
 
-	mu       sync.Mutex
-	pods     map[string]*pod // by uid
-	byNetNS  map[netns.ID]*pod
-	ztunnels []*ztunnel // in the order in which they said hello: the last is the newest
-	count    int        // connections so far
+	keeper *keeper
+	blind  bool // cookies can't be read; see cookie
+
+	mu         sync.Mutex
+	pods       map[string]*pod // by uid
+	byNetNS    map[netns.ID]*pod
+	generation uint64     // counts the changes of pods
+	ztunnels   []*ztunnel // in the order in which they said hello: the last is the newest
+	count      int        // connections so far
 }
 
-// New opens the two sockets. Nobody is served before Run; whoever connects
-// earlier waits in the backlog.
+// New opens the two sockets and brings back the pods of the agent before. Nobody
+// is served before Run; whoever connects earlier waits in the backlog.
 func New(cfg Config) (*Agent, error) {
 	home, err := netns.Home()
 	if err != nil {
@@ -66,6 +71,7 @@ func New(cfg Config) (*Agent, error) {
 		timeout: Timeout,
 		pods:    make(map[string]*pod),
 		byNetNS: make(map[netns.ID]*pod),
+		keeper:  newKeeper(cfg.State),
 	}
 	// An ordinary user may not look at pid 1, and can't hand over its namespace
 	// either.
@@ -80,6 +86,9 @@ func New(cfg Config) (*Agent, error) {
 	if a.zdsUDS, err = uds.Listen(zds.Network, cfg.ZDS); err != nil {
 		return nil, errors.Join(fmt.Errorf("the socket for ztunnels: %w", err), a.controlUDS.Close())
 	}
+	if err := a.restore(); err != nil {
+		return nil, errors.Join(err, a.zdsUDS.Close(), a.controlUDS.Close())
+	}
 	return a, nil
 }
 
@@ -89,7 +98,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.log.Info("listening for ztunnels", "socket", a.cfg.ZDS, "pid", os.Getpid())
 	a.log.Info("listening for verbs", "socket", a.cfg.Control)
 
-	var wg sync.WaitGroup
+	var keeping, wg sync.WaitGroup
+	stop := make(chan struct{})
+	keeping.Go(func() { a.keep(stop) })
 	failed := make(chan error, 2)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -104,6 +115,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		cancel(err)
 	})
 	wg.Wait()
+	close(stop)
+	keeping.Wait()
 	err := errors.Join(<-failed, <-failed, a.zdsUDS.Close(), a.controlUDS.Close())
 
 	a.mu.Lock()
@@ -114,6 +127,3 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	return err
 }
-
-// changed notes that the pods are not what they were. The caller holds the lock.
-func (a *Agent) changed() {}

@@ -12,9 +12,10 @@ import (
 // that a descriptor number is never sent after it has come to mean something
 // else. (The real agent leaves this to a finalizer of the garbage collector.)
 type handle struct {
-	ns   *netns.NS
-	refs atomic.Int32
-	log  *slog.Logger
+	ns     *netns.NS
+	refs   atomic.Int32
+	cookie uint64 // see Agent.cookie
+	log    *slog.Logger
 }
 
 // newHandle takes ns over. The caller holds the first reference.

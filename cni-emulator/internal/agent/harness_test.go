@@ -291,3 +291,6 @@ func (p *peer) acksAll(wg *sync.WaitGroup, seen func(words string)) {
 		}
 	}
 }
+
+// fdPath is a path of ns that is good while the test holds it.
+func fdPath(ns *netns.NS) string { return fmt.Sprintf("/proc/%d/fd/%d", unix.Getpid(), ns.FD()) }

@@ -32,6 +32,7 @@ type pod struct {
 	control.PodID
 	watched     bool
 	netns       *handle // its own reference; nil when the namespace is not at hand, and then it goes out as a keep
+	was         record  // what the state file said of it, for as long as netns is nil
 	lastError   string
 	lastErrorAt time.Time
 	waiters     []chan Outcome

@@ -127,8 +127,11 @@ func (a *Agent) doAdd(ctx context.Context, v *verb, id control.PodID, fd int, wa
 		waiter = nil
 	}
 	connected, err := a.Add(id, ns, false, waiter) // takes ns
-	if err != nil || wait == 0 {
+	switch {
+	case err != nil:
 		return err
+	case wait == 0:
+		return a.onDisk(ctx)
 	}
 	defer a.unwait(id.UID, waiter)
 	if !connected {
@@ -142,7 +145,7 @@ func (a *Agent) doAdd(ctx context.Context, v *verb, id control.PodID, fd int, wa
 		case o.Nack != "":
 			return fmt.Errorf("ztunnel (pid %d) says: %s", o.PID, o.Nack)
 		}
-		return nil
+		return a.onDisk(ctx)
 	case <-time.After(wait):
 		return fmt.Errorf("%w: no ztunnel has answered within %v%s; the pod is kept, see `cni-emulator list`", errUnconfirmed, wait, a.lastError(id.UID))
 	case <-ctx.Done():
@@ -156,8 +159,11 @@ func (a *Agent) doDel(ctx context.Context, id control.PodID, wait time.Duration)
 		return err
 	}
 	n, outcomes, err := a.Delete(uid, false)
-	if err != nil || wait == 0 {
+	switch {
+	case err != nil:
 		return err
+	case wait == 0:
+		return a.onDisk(ctx)
 	}
 	timeout := time.After(wait)
 	var nacks []error
@@ -175,7 +181,7 @@ func (a *Agent) doDel(ctx context.Context, id control.PodID, wait time.Duration)
 			return ErrStopping
 		}
 	}
-	return errors.Join(nacks...)
+	return errors.Join(append(nacks, a.onDisk(ctx))...)
 }
 
 // lastError returns what went wrong with a pod, as a clause.
@@ -193,7 +199,7 @@ func (a *Agent) Status() control.Agent {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := control.Agent{
-		PID: os.Getpid(), Since: a.since, ZDS: a.cfg.ZDS, Control: a.cfg.Control,
+		PID: os.Getpid(), Since: a.since, ZDS: a.cfg.ZDS, Control: a.cfg.Control, State: a.cfg.State,
 		NetNS: a.home.String(), Pods: len(a.pods), Ztunnels: []control.Ztunnel{},
 	}
 	for _, z := range a.ztunnels {

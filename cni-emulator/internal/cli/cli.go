@@ -96,36 +96,5 @@ Exit codes:
 	f.SortFlags = false
 	f.DurationVar(&h.timeout, "timeout", defaultTimeout, "how long to wait for the answer; 0 does not wait")
 	f.BoolVarP(&h.explain, "explain", "v", false, "narrate each step on stderr")
-	root.AddCommand(newCompletion())
-	root.SetHelpCommand(&cobra.Command{Use: "no-help", Hidden: true}) // --help is enough
-	root.CompletionOptions.DisableDefaultCmd = true
 	return root
-}
-
-// newCompletion prints a shell's completion script.
-func newCompletion() *cobra.Command {
-	shells := []string{"bash", "zsh", "fish"}
-	return &cobra.Command{
-		Use:       "completion bash|zsh|fish",
-		Short:     "Print the completion script for a shell",
-		Example:   "  source <(cni-emulator completion bash)",
-		ValidArgs: shells,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if err := cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs)(cmd, args); err != nil {
-				return usageError{err}
-			}
-			return nil
-		},
-		RunE: func(cmd *cobra.Command, args []string) error {
-			root, out := cmd.Root(), cmd.OutOrStdout()
-			switch args[0] {
-			case "bash":
-				return root.GenBashCompletionV2(out, true)
-			case "zsh":
-				return root.GenZshCompletion(out)
-			default:
-				return root.GenFishCompletion(out, true)
-			}
-		},
-	}
 }

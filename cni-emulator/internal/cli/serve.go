@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -18,9 +20,9 @@ import (
 
 // serve is the node agent, from its sockets until a signal.
 type serve struct {
-	zds, control string
-	trace        bool
-	stderr       io.Writer
+	zds, control, state string
+	trace               bool
+	stderr              io.Writer
 }
 
 func newServe(stderr io.Writer) *cobra.Command {
@@ -32,7 +34,12 @@ func newServe(stderr io.Writer) *cobra.Command {
 pods as the real agent does (ZDS), and on another for the verbs add, del, list
 and status.
 
-It needs no capability: verbs open namespaces, ztunnel enters them.`,
+It survives its own end, even kill -9: the pods come back from a file, and their
+namespaces from their paths.
+
+It needs no capability: verbs open namespaces, ztunnel enters them. With
+CAP_SYS_ADMIN it can tell, after a restart, whether a path still leads to the same
+namespace.`,
 		Example: `  sudo cni-emulator serve &
   sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock &
   sudo ip netns add web && sudo ip -n web link set lo up
@@ -45,12 +52,18 @@ Exit codes:
   2  the words of the call were wrong`,
 		Args:              noArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
-		RunE:              func(*cobra.Command, []string) error { return s.run() },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !cmd.Flags().Changed("state") {
+				s.state = defaultState(s.control)
+			}
+			return s.run()
+		},
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
 	f.StringVar(&s.zds, "zds-uds", defaultPath("zds.sock"), "where ztunnels connect")
 	f.StringVar(&s.control, "control-uds", defaultPath("control.sock"), "where verbs connect")
+	f.StringVar(&s.state, "state", "", "the file that remembers the pods for the agent's next start; '' for none (default beside --control-uds)")
 	f.BoolVar(&s.trace, "trace-zds", false, "print each ZDS packet on stderr")
 	return cmd
 }
@@ -66,7 +79,7 @@ func (s *serve) run() error {
 	if err := makeRunDir(s.zds, s.control); err != nil {
 		return err
 	}
-	cfg := agent.Config{ZDS: s.zds, Control: s.control, Log: slog.New(slog.NewTextHandler(s.stderr, nil))}
+	cfg := agent.Config{ZDS: s.zds, Control: s.control, State: s.state, Log: slog.New(slog.NewTextHandler(s.stderr, nil))}
 	if s.trace {
 		cfg.Trace = s.stderr
 	}
@@ -90,6 +103,17 @@ func serveAgent(ctx context.Context, cfg agent.Config, served chan<- error) {
 		err = a.Run(ctx)
 	}
 	served <- err
+}
+
+// defaultState returns the path of the state file of the agent with that socket:
+// state.json where the socket is control.sock, and a name like the socket's
+// elsewhere, so that two agents can share a directory.
+func defaultState(control string) string {
+	dir, name := filepath.Split(strings.TrimSuffix(control, ".sock"))
+	if name == "control" {
+		return dir + "state.json"
+	}
+	return dir + name + ".state.json"
 }
 
 // makeRunDir makes the directory of a socket that is at its default path.

@@ -1,0 +1,143 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// keeper writes the pods to the state file, one write at a time. What changes
+// during a write goes into the next one: a thousand pods that come at once cost
+// a few writes, not a thousand.
+type keeper struct {
+	path  string        // "": nothing is kept
+	dirty chan struct{} // has room for one: there is something to write
+
+	mu      sync.Mutex
+	written uint64        // the generation that the last write had
+	err     error         // of the last write
+	again   chan struct{} // closed after the next write
+}
+
+func newKeeper(path string) *keeper {
+	return &keeper{path: path, dirty: make(chan struct{}, 1), again: make(chan struct{})}
+}
+
+// changed notes that the pods are not what they were. The caller holds the lock.
+func (a *Agent) changed() {
+	a.generation++
+	select {
+	case a.keeper.dirty <- struct{}{}:
+	default: // noted already
+	}
+}
+
+// keep writes until stop is closed, and then a last time if need be.
+func (a *Agent) keep(stop <-chan struct{}) {
+	for {
+		select {
+		case <-a.keeper.dirty:
+			a.save()
+		case <-stop:
+			select {
+			case <-a.keeper.dirty:
+				a.save()
+			default:
+			}
+			return
+		}
+	}
+}
+
+// save writes the pods as they are now.
+func (a *Agent) save() {
+	k := a.keeper
+	if k.path == "" {
+		return
+	}
+	m, generation := a.remember()
+	err := writeState(k.path, m)
+	if err != nil {
+		a.log.Error("the pods could not be written down; after a restart they would not be known", "error", err)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.written, k.err = generation, err
+	close(k.again)
+	k.again = make(chan struct{})
+}
+
+// onDisk waits until all that is true now is in the state file: a verb's success
+// is for good. ztunnel is told meanwhile; a crash in between leaves a pod that
+// its verb did not call done.
+func (a *Agent) onDisk(ctx context.Context) error {
+	k := a.keeper
+	if k.path == "" {
+		return nil
+	}
+	a.mu.Lock()
+	now := a.generation
+	a.mu.Unlock()
+	for {
+		k.mu.Lock()
+		written, err, again := k.written, k.err, k.again
+		k.mu.Unlock()
+		switch {
+		case written >= now && err != nil:
+			return fmt.Errorf("it is done, but not written down for the agent's next start: %w", err)
+		case written >= now:
+			return nil
+		}
+		select {
+		case <-again:
+		case <-ctx.Done():
+			return ErrStopping
+		}
+	}
+}
+
+// remember collects what the state file is to hold.
+func (a *Agent) remember() (memory, uint64) {
+	m := memory{BootID: bootID()}
+	a.mu.Lock()
+	handles := make([]*handle, 0, len(a.pods))
+	for _, p := range a.pods {
+		r := record{PodID: p.PodID, Watched: p.watched, Inode: p.was.Inode, Cookie: p.was.Cookie}
+		var h *handle
+		if p.netns != nil {
+			h = p.netns.hold()
+			r.Inode, r.Cookie = h.ns.ID().Ino, 0
+		}
+		m.Pods, handles = append(m.Pods, r), append(handles, h)
+	}
+	generation := a.generation
+	a.mu.Unlock()
+
+	// Without the lock: each cookie is a trip into a pod, made once.
+	for i, h := range handles {
+		if h != nil {
+			m.Pods[i].Cookie = a.cookie(h)
+			h.release()
+		}
+	}
+	return m, generation
+}
+
+// cookie returns the cookie of a namespace, or 0 if it can't be known. Only one
+// goroutine at a time asks.
+func (a *Agent) cookie(h *handle) uint64 {
+	if h.cookie == 0 && !a.blind {
+		cookie, err := cookieOf(h.ns)
+		if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOPROTOOPT) {
+			a.blind = true // it will be no better for the next one
+		}
+		if err != nil {
+			a.log.Warn("a namespace's cookie can't be read, so that after a restart nobody can tell whether its path still leads to it; that needs CAP_SYS_ADMIN and Linux 5.14", "netns", h.ns.ID(), "error", err)
+		}
+		h.cookie = cookie
+	}
+	return h.cookie
+}
