@@ -31,6 +31,8 @@ type Config struct {
 	ZDS     string    // where ztunnels connect
 	Control string    // where verbs connect
 	State   string    // file that remembers the pods across the agent's death; "": none
+	Watch   string    // directory whose namespaces are pods; "": none
+	Match   string    // glob of their names; "": all but a container runtime's
 	Trace   io.Writer // gets a line for each ZDS packet; nil: nobody
 	Log     *slog.Logger
 }
@@ -45,8 +47,9 @@ type Agent struct {
 
 	zdsUDS, controlUDS *uds.Listener
 
-	keeper *keeper
-	blind  bool // cookies can't be read; see cookie
+	keeper  *keeper
+	watcher *watcher // or nil
+	blind   bool     // cookies can't be read; see cookie
 
 	mu         sync.Mutex
 	pods       map[string]*pod // by uid
@@ -86,10 +89,30 @@ func New(cfg Config) (*Agent, error) {
 	if a.zdsUDS, err = uds.Listen(zds.Network, cfg.ZDS); err != nil {
 		return nil, errors.Join(fmt.Errorf("the socket for ztunnels: %w", err), a.controlUDS.Close())
 	}
-	if err := a.restore(); err != nil {
-		return nil, errors.Join(err, a.zdsUDS.Close(), a.controlUDS.Close())
+	// All pods must be known before the first snapshot: ztunnel gives up what it
+	// lacks.
+	err = a.restore()
+	if err == nil && cfg.Watch != "" {
+		a.watcher, err = newWatcher(a, cfg.Watch, cfg.Match)
+	}
+	if err != nil {
+		return nil, errors.Join(err, a.close())
 	}
 	return a, nil
+}
+
+// close gives back what New has opened. Nobody is at work any more.
+func (a *Agent) close() error {
+	err := errors.Join(a.zdsUDS.Close(), a.controlUDS.Close())
+	if a.watcher != nil {
+		err = errors.Join(err, a.watcher.close())
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range a.pods {
+		a.unbind(p, ErrStopping)
+	}
+	return err
 }
 
 // Run serves until ctx ends, and gives back everything that New and Run have
@@ -101,29 +124,35 @@ func (a *Agent) Run(ctx context.Context) error {
 	var keeping, wg sync.WaitGroup
 	stop := make(chan struct{})
 	keeping.Go(func() { a.keep(stop) })
-	failed := make(chan error, 2)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	wg.Go(func() {
-		err := a.serve(ctx, a.zdsUDS, server{name: "ztunnels", places: MaxZtunnels, burst: acceptBurst, handle: a.serveZtunnel})
-		failed <- err
-		cancel(err)
-	})
-	wg.Go(func() {
-		err := a.serve(ctx, a.controlUDS, server{name: "verbs", places: MaxVerbs, handle: a.serveVerb})
-		failed <- err
-		cancel(err)
-	})
+	part := func(run func(context.Context) error) {
+		wg.Go(func() {
+			if err := run(ctx); err != nil {
+				cancel(err) // one can't go on without the others
+			}
+		})
+	}
+	part(a.serveZtunnels)
+	part(a.serveVerbs)
+	if a.watcher != nil {
+		part(a.watcher.run)
+	}
 	wg.Wait()
 	close(stop)
 	keeping.Wait()
-	err := errors.Join(<-failed, <-failed, a.zdsUDS.Close(), a.controlUDS.Close())
-
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	a.log.Info("stopped", "pods", len(a.pods))
-	for _, p := range a.pods {
-		a.unbind(p, ErrStopping)
+	err := a.close()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		err = errors.Join(cause, err)
 	}
 	return err
+}
+
+func (a *Agent) serveZtunnels(ctx context.Context) error {
+	return a.serve(ctx, a.zdsUDS, server{name: "ztunnels", places: MaxZtunnels, burst: acceptBurst, handle: a.serveZtunnel})
+}
+
+func (a *Agent) serveVerbs(ctx context.Context) error {
+	return a.serve(ctx, a.controlUDS, server{name: "verbs", places: MaxVerbs, handle: a.serveVerb})
 }

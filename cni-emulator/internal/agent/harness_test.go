@@ -19,6 +19,7 @@ import (
 	"ambient-emulator/cni-emulator/internal/control"
 	"ambient-emulator/internal/fdpass"
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/netns/netnstest"
 	"ambient-emulator/internal/testmain"
 	"ambient-emulator/internal/uds"
 	"ambient-emulator/internal/zds"
@@ -294,3 +295,13 @@ func (p *peer) acksAll(wg *sync.WaitGroup, seen func(words string)) {
 
 // fdPath is a path of ns that is good while the test holds it.
 func fdPath(ns *netns.NS) string { return fmt.Sprintf("/proc/%d/fd/%d", unix.Getpid(), ns.FD()) }
+
+// manySpaces makes namespaces, lo down, until the test ends.
+func manySpaces(t *testing.T, count int) []*netns.NS {
+	t.Helper()
+	spaces := make([]*netns.NS, count)
+	for i := range spaces {
+		spaces[i] = netnstest.NewLoDown(t)
+	}
+	return spaces
+}

@@ -197,29 +197,39 @@ func (a *Agent) Find(id control.PodID) (uid string, err error) {
 
 // Delete forgets a pod and tells every ztunnel. Each of the n gives one outcome;
 // one that leaves instead of answering has given it: it comes back to a snapshot
-// without the pod. With onlyWatched a pod that a person added is left alone.
-func (a *Agent) Delete(uid string, onlyWatched bool) (n int, outcomes <-chan Outcome, err error) {
+// without the pod.
+func (a *Agent) Delete(uid string) (n int, outcomes <-chan Outcome, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	p := a.pods[uid]
 	if p == nil {
 		return 0, nil, fmt.Errorf("%w: uid %s", ErrNoPod, uid)
 	}
-	if onlyWatched && !p.watched {
-		return 0, nil, nil
-	}
-	a.unbind(p, ErrDeleted)
-	delete(a.pods, uid)
-	a.changed()
-	a.log.Info("pod deleted", "pod", p, "uid", uid)
+	n, outcomes = a.remove(p)
+	return n, outcomes, nil
+}
 
-	// push may drop a ztunnel that is too far behind, and so change the list.
-	told := slices.Clone(a.ztunnels)
-	answers := make(chan Outcome, len(told))
-	for _, z := range told {
-		a.push(z, &op{what: "del", uid: uid, req: zds.Del(uid), done: answers})
+// deleteWatched is Delete of a pod whose file is gone, if the file had made it.
+func (a *Agent) deleteWatched(uid, path string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if p := a.pods[uid]; p != nil && p.watched && p.Path == path {
+		a.remove(p)
 	}
-	return len(told), answers, nil
+}
+
+// remove is Delete with the lock held.
+func (a *Agent) remove(p *pod) (n int, outcomes <-chan Outcome) {
+	a.unbind(p, ErrDeleted)
+	delete(a.pods, p.UID)
+	a.changed()
+	a.log.Info("pod deleted", "pod", p, "uid", p.UID)
+
+	answers := make(chan Outcome, len(a.ztunnels))
+	for _, z := range a.ztunnels {
+		a.push(z, &op{what: "del", uid: p.UID, req: zds.Del(p.UID), done: answers})
+	}
+	return len(a.ztunnels), answers
 }
 
 // List returns all pods, by namespace, name and uid.

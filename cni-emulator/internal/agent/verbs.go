@@ -158,7 +158,7 @@ func (a *Agent) doDel(ctx context.Context, id control.PodID, wait time.Duration)
 	if err != nil {
 		return err
 	}
-	n, outcomes, err := a.Delete(uid, false)
+	n, outcomes, err := a.Delete(uid)
 	switch {
 	case err != nil:
 		return err
@@ -199,7 +199,7 @@ func (a *Agent) Status() control.Agent {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := control.Agent{
-		PID: os.Getpid(), Since: a.since, ZDS: a.cfg.ZDS, Control: a.cfg.Control, State: a.cfg.State,
+		PID: os.Getpid(), Since: a.since, ZDS: a.cfg.ZDS, Control: a.cfg.Control, State: a.cfg.State, Watch: a.cfg.Watch,
 		NetNS: a.home.String(), Pods: len(a.pods), Ztunnels: []control.Ztunnel{},
 	}
 	for _, z := range a.ztunnels {

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"crypto/sha1"
 	"errors"
 	"fmt"
 	"os"
@@ -101,18 +100,4 @@ func printable(s string) string {
 		}
 		return '?'
 	}, s)
-}
-
-// podUID is a pod's uid when nobody names one. The real agent uses the pod's,
-// which the API server makes at random; here it follows from the names, so that
-// the same add again is the same pod. It has the same shape: a UUID of version 5
-// (RFC 9562) under a name space of our own.
-func podUID(namespace, name string) string {
-	h := sha1.New()
-	h.Write([]byte("cni-emulator pod"))
-	h.Write([]byte(namespace + "/" + name))
-	u := h.Sum(nil)[:16]
-	u[6] = u[6]&0x0f | 0x50
-	u[8] = u[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", u[0:4], u[4:6], u[6:8], u[8:10], u[10:16])
 }

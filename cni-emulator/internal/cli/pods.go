@@ -104,7 +104,7 @@ func (p *podFlags) add(cmd *cobra.Command, path string) error {
 		path = filepath.Join(netnsDir, p.pod.Name)
 	}
 	if p.pod.UID == "" {
-		p.pod.UID = podUID(p.pod.Namespace, p.pod.Name)
+		p.pod.UID = control.DefaultUID(p.pod.Namespace, p.pod.Name)
 	}
 	ns, err := netns.Open(path)
 	if err != nil {

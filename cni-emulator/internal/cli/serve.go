@@ -21,6 +21,7 @@ import (
 // serve is the node agent, from its sockets until a signal.
 type serve struct {
 	zds, control, state string
+	watch, match        string
 	trace               bool
 	stderr              io.Writer
 }
@@ -45,6 +46,7 @@ namespace.`,
   sudo ip netns add web && sudo ip -n web link set lo up
   sudo cni-emulator add web
   sudo cni-emulator list
+  sudo cni-emulator serve --watch /var/run/netns    # then ip netns add alone makes a pod
 
 Exit codes:
   0  stopped by SIGINT or SIGTERM, the sockets removed; ztunnels go on serving their pods
@@ -63,6 +65,8 @@ Exit codes:
 	f.SortFlags = false
 	f.StringVar(&s.zds, "zds-uds", defaultPath("zds.sock"), "where ztunnels connect")
 	f.StringVar(&s.control, "control-uds", defaultPath("control.sock"), "where verbs connect")
+	f.StringVar(&s.watch, "watch", "", "make a pod of every namespace in this directory, such as "+netnsDir)
+	f.StringVar(&s.match, "match", "", "with --watch: only of files with such names, a glob (default all but a container runtime's cni-UUID)")
 	f.StringVar(&s.state, "state", "", "the file that remembers the pods for the agent's next start; '' for none (default beside --control-uds)")
 	f.BoolVar(&s.trace, "trace-zds", false, "print each ZDS packet on stderr")
 	return cmd
@@ -76,10 +80,16 @@ func (s *serve) run() error {
 	if s.control, err = needPath(s.control, "--control-uds"); err != nil {
 		return err
 	}
+	if _, err := filepath.Match(s.match, ""); err != nil {
+		return usageError{fmt.Errorf("--match %q: %w", s.match, err)}
+	}
+	if s.match != "" && s.watch == "" {
+		return usageError{errors.New("--match without --watch matches nothing")}
+	}
 	if err := makeRunDir(s.zds, s.control); err != nil {
 		return err
 	}
-	cfg := agent.Config{ZDS: s.zds, Control: s.control, State: s.state, Log: slog.New(slog.NewTextHandler(s.stderr, nil))}
+	cfg := agent.Config{ZDS: s.zds, Control: s.control, State: s.state, Watch: s.watch, Match: s.match, Log: slog.New(slog.NewTextHandler(s.stderr, nil))}
 	if s.trace {
 		cfg.Trace = s.stderr
 	}
