@@ -1,0 +1,242 @@
+package conformance
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/zds"
+)
+
+// The ports that ztunnel listens on in every pod (reference/sockets.md).
+var ports = []int{15001, 15006, 15008}
+
+// pod is a network namespace without a name, and who lives in it.
+type pod struct {
+	b    *bench
+	ns   *netns.NS
+	uid  string
+	name string
+	mine map[string]bool // inodes of the sockets that we have there
+}
+
+// What every pod of ours says of itself.
+const (
+	podNamespace      = "conformance"
+	podServiceAccount = "sa"
+)
+
+// pod makes one for this scene, with lo up.
+func (b *bench) pod() *pod {
+	b.pods++
+	name := fmt.Sprintf("%s-%d", strings.ReplaceAll(b.id, "/", "-"), b.pods)
+	p := &pod{b: b, uid: b.prefix + "-" + name, name: name, mine: map[string]bool{}}
+	var err error
+	if p.ns, err = makeNetns(); err != nil {
+		b.notTried("make a network namespace: %v", err)
+	}
+	b.later(func() { p.ns.Close() })
+	if _, err := p.ns.Do(loUp); err != nil {
+		b.notTried("set lo up in %v: %v", p.ns.ID(), err)
+	}
+	return p
+}
+
+// add is the request that asks ztunnel to serve the pod.
+func (p *pod) add() *zds.WorkloadRequest {
+	return zds.Add(p.uid, p.name, podNamespace, podServiceAccount)
+}
+
+// listener is a listening TCP socket.
+type listener struct {
+	port     int
+	wildcard bool
+	inode    string
+}
+
+// listeners lists the listening sockets in the pod that are not ours.
+func (p *pod) listeners() []listener {
+	var files []*os.File
+	_, err := p.ns.Do(func() error {
+		// Which namespace such a file tells of is settled when it is opened.
+		for _, name := range []string{"tcp", "tcp6"} {
+			f, err := os.Open("/proc/thread-self/net/" + name)
+			if err == nil {
+				files = append(files, f)
+			} else if !errors.Is(err, fs.ErrNotExist) { // no IPv6
+				return err
+			}
+		}
+		return nil
+	})
+	var all []listener
+	for _, f := range files {
+		all = append(all, parseListeners(f)...)
+		f.Close()
+	}
+	if err != nil {
+		p.b.notTried("look into %v: %v", p.ns.ID(), err)
+	}
+	var theirs []listener
+	for _, l := range all {
+		if !p.mine[l.inode] {
+			theirs = append(theirs, l)
+		}
+	}
+	return theirs
+}
+
+// parseListeners reads the kernel's table of TCP sockets (proc(5), /proc/net/tcp).
+func parseListeners(r io.Reader) []listener {
+	var ls []listener
+	for lines := bufio.NewScanner(r); lines.Scan(); {
+		f := strings.Fields(lines.Text())
+		if len(f) < 10 || f[3] != "0A" { // TCP_LISTEN
+			continue
+		}
+		addr, port, _ := strings.Cut(f[1], ":")
+		n, err := strconv.ParseUint(port, 16, 16)
+		if err == nil {
+			ls = append(ls, listener{int(n), strings.Trim(addr, "0") == "", f[9]})
+		}
+	}
+	return ls
+}
+
+// sockets returns the inodes of the listeners on ztunnel's ports.
+func (p *pod) sockets() map[int]string {
+	m := map[int]string{}
+	for _, l := range p.listeners() {
+		for _, port := range ports {
+			if l.port == port {
+				m[port] += l.inode + " "
+			}
+		}
+	}
+	return m
+}
+
+func (p *pod) isServed() bool { return len(p.sockets()) == len(ports) }
+
+// served makes sure that all listeners are there: an ack was said, so now.
+func (p *pod) served(when string) {
+	if s := p.sockets(); len(s) != len(ports) {
+		p.b.broken("%s: pod %s has listeners on %v, not on all of %v", when, p.uid, keys(s), ports)
+	}
+}
+
+// left makes sure that no listener stays. A delete is not awaited, so: soon.
+func (p *pod) left(when string) {
+	if !p.b.until(soon, func() bool { return len(p.sockets()) == 0 }) {
+		p.b.broken("%s: pod %s still has listeners on %v after %v", when, p.uid, keys(p.sockets()), soon)
+	}
+}
+
+// same makes sure that the listeners are the very ones of before.
+func (p *pod) same(before map[int]string, when string) {
+	if now := p.sockets(); fmt.Sprint(now) != fmt.Sprint(before) {
+		p.b.broken("%s: the listeners of pod %s are not the same sockets: port and inode were %v, are %v", when, p.uid, before, now)
+	}
+}
+
+// occupy takes ztunnel's port in the pod, alone (no SO_REUSEPORT), until free.
+func (p *pod) occupy(port int) (free func()) {
+	var fd int
+	_, err := p.ns.Do(func() (err error) {
+		fd, err = occupy(port)
+		return err
+	})
+	if err != nil {
+		p.b.notTried("occupy port %d in %v: %v", port, p.ns.ID(), err)
+	}
+	var st unix.Stat_t
+	unix.Fstat(fd, &st)
+	p.mine[strconv.FormatUint(st.Ino, 10)] = true
+	open := true
+	free = func() {
+		if open {
+			open = false
+			unix.Close(fd)
+		}
+	}
+	p.b.later(free)
+	return free
+}
+
+// occupy listens on the wildcard address of both families, or of IPv4.
+func occupy(port int) (int, error) {
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	var addr unix.Sockaddr = &unix.SockaddrInet6{Port: port}
+	if err == unix.EAFNOSUPPORT {
+		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		addr = &unix.SockaddrInet4{Port: port}
+	}
+	if err != nil {
+		return -1, os.NewSyscallError("socket", err)
+	}
+	if err := unix.Bind(fd, addr); err != nil {
+		unix.Close(fd)
+		return -1, os.NewSyscallError("bind", err)
+	}
+	if err := unix.Listen(fd, 1); err != nil {
+		unix.Close(fd)
+		return -1, os.NewSyscallError("listen", err)
+	}
+	return fd, nil
+}
+
+// makeNetns is unshare(2) on a thread that dies of it: the goroutine ends locked.
+func makeNetns() (*netns.NS, error) {
+	type result struct {
+		ns  *netns.NS
+		err error
+	}
+	done := make(chan result, 1)
+	go unshared(func(ns *netns.NS, err error) { done <- result{ns, err} })
+	r := <-done
+	return r.ns, r.err
+}
+
+func unshared(done func(*netns.NS, error)) {
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		done(nil, os.NewSyscallError("unshare", err))
+		return
+	}
+	done(netns.Open("/proc/thread-self/ns/net"))
+}
+
+// loUp is `ip link set lo up` for the calling thread's namespace: a DNS listener
+// binds loopback.
+func loUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP)
+	return os.NewSyscallError("ioctl SIOCSIFFLAGS", unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr))
+}
+
+func keys(m map[int]string) []int {
+	ks := []int{}
+	for _, port := range ports {
+		if m[port] != "" {
+			ks = append(ks, port)
+		}
+	}
+	return ks
+}
