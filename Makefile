@@ -2,10 +2,10 @@
 # ARGS goes to the script: make test ARGS='-run TestWire'
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint demo log bench clean
+.PHONY: help build test lint demo log bench conformance clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # From inside each folder and naming the one file, as a person types it.
 build: ## build both programs, static, each in its folder
@@ -27,6 +27,10 @@ log: build ## write LOG.md anew (ARGS=--check compares only)
 
 bench: ## measure the handoff over 1,000 namespaces
 	@scripts/bench/run $(ARGS)
+
+# Never on a live node: scripts/conformance -h says why.
+conformance: ## hold a ZDS half to the protocol: ZDS=client:PATH or ZDS=server:PATH
+	@scripts/conformance $(ZDS) $(ARGS)
 
 clean: ## remove the two programs
 	rm -f cni-emulator/cni-emulator ztunnel-emulator/ztunnel-emulator
