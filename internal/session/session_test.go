@@ -130,6 +130,9 @@ func cmdAwait(ts *testscript.TestScript, neg bool, args []string) {
 // signal NAME SOCKET: the process that listens on SOCKET gets the signal.
 func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
 	conn, peer, err := uds.Dial(context.Background(), "unix", ts.MkAbs(args[1]))
+	if errors.Is(err, unix.EPROTOTYPE) {
+		conn, peer, err = uds.Dial(context.Background(), "unixpacket", ts.MkAbs(args[1]))
+	}
 	ts.Check(err)
 	conn.Close()
 	ts.Check(unix.Kill(int(peer.PID), unix.SignalNum("SIG"+args[0])))

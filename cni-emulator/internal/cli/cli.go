@@ -31,8 +31,8 @@ func (e usageError) Unwrap() error { return e.error }
 // Main runs the command line and returns the exit code.
 func Main(args []string, stdout, stderr io.Writer) int {
 	root := newRoot(stderr)
-	if len(args) == 0 || !isSocketPath(args[0]) { // a path, be it called like a verb
-		root.AddCommand(newServe(stderr), newAdd(), newDel(), newList(), newStatus())
+	if len(args) == 0 || !isSocketPath(args[0]) { // else it is no verb, though it be called like one
+		root.AddCommand(newServe(stderr), newAdd(), newDel(), newList(), newStatus(), newCompletion())
 	}
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -92,9 +92,46 @@ Exit codes:
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
+	// <uds_path> and <netns_path> are files.
+	root.ValidArgsFunction = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
 	f := root.Flags()
 	f.SortFlags = false
 	f.DurationVar(&h.timeout, "timeout", defaultTimeout, "how long to wait for the answer; 0 does not wait")
 	f.BoolVarP(&h.explain, "explain", "v", false, "narrate each step on stderr")
+	// The two paths are files.
+	root.ValidArgsFunction = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
+	root.CompletionOptions.DisableDefaultCmd = true // ours tells a wrong shell's name from a right one
 	return root
+}
+
+// newCompletion prints a shell's completion script.
+func newCompletion() *cobra.Command {
+	shells := []string{"bash", "zsh", "fish"}
+	return &cobra.Command{
+		Use:       "completion bash|zsh|fish",
+		Short:     "Print the completion script for a shell",
+		Example:   "  source <(cni-emulator completion bash)",
+		ValidArgs: shells,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if err := cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs)(cmd, args); err != nil {
+				return usageError{err}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			root, out := cmd.Root(), cmd.OutOrStdout()
+			switch args[0] {
+			case "bash":
+				return root.GenBashCompletionV2(out, true)
+			case "zsh":
+				return root.GenZshCompletion(out)
+			default:
+				return root.GenFishCompletion(out, true)
+			}
+		},
+	}
 }
