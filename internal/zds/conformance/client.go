@@ -29,6 +29,7 @@ func (a *agent) trials() []trial {
 		{Promise{ID: "disconnected", Says: "pods stay served while there is no agent, and while a new snapshot is on its way", Source: "zds.md §5"}, a.disconnected},
 		{Promise{ID: "reconcile", Says: "the snapshot ends what it did not name, and leaves what it kept or added as it was", Source: "zds.md §5"}, a.reconcile},
 		{Promise{ID: "reconnect-in-snapshot", Says: "what a broken-off snapshot had named does not count in the next", Source: "zds.md §5"}, a.reconnectInSnapshot},
+		{Promise{ID: "orderings", Says: "every ordering of add, keep and del around a snapshot, short ones all, ends as the event table says", Source: "zds.md §5"}, a.allOrderings},
 		{Promise{ID: "start-failed", Says: "an add whose port is taken is nacked as a proxy that did not start; nothing stays bound and the connection stays open", Source: "zds.md §4"}, a.startFailed},
 		{Promise{ID: "start-not-a-netns", Says: "an add with a descriptor that is no network namespace is a proxy that did not start, not a read failure", Source: "zds.md §3, §4"}, a.startNotNetns},
 		{Promise{ID: "start-retry", Says: "a start that failed is tried again after 5 s, whatever comes in between, the snapshot included", Source: "zds.md §5, §6"}, a.startRetry},

@@ -130,6 +130,7 @@ func (a *agent) descriptorsCut() {
 
 func (a *agent) refusedAndClosed(m misreading) {
 	a.fresh()
+	a.alive("at first") // who has never heard a good word may dial again less eagerly
 	p := a.pod()
 	a.send(m.bytes(p), a.fds(p, m.fds)...)
 	a.answer(m.says)

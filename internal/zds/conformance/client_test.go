@@ -23,6 +23,7 @@ var faultsOfClients = map[string][]string{
 	"disconnected":          {"drops-on-end", "reconciles-early"},
 	"reconcile":             {"no-reconcile", "reconciles-early"},
 	"reconnect-in-snapshot": {"set-survives"},
+	"orderings":             {"no-reconcile", "del-early", "del-ignored", "replace-leaves", "keep-known"},
 	"start-failed":          {"start-class", "start-drops", "start-partial"},
 	"start-not-a-netns":     {"judges-early"},
 	"start-retry":           {"no-retry", "retries-at-once", "snapshot-unpends"},

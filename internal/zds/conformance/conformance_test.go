@@ -169,6 +169,20 @@ func TestNotTried(t *testing.T) {
 	}
 }
 
+// A client that somebody else starts again is ended without asking twice.
+func TestRestarts(t *testing.T) {
+	dir := shortDir(t)
+	client, err := startProcess([]string{"sh", "-c", "while true; do " + strings.Join(fake("fake-ztunnel", dir+"/zds", "''"), " ") + "; done"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.stop()
+	o := Options{Path: dir + "/zds", Only: []string{"exit-*", "add"}, Restarts: true}
+	if r, err := Client(t.Context(), o); err != nil || r.Count(Kept) != 4 {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
 // An interrupted run ends at once and leaves nothing behind; testmain looks.
 func TestInterrupted(t *testing.T) {
 	for _, id := range []string{"idle", "start-retry"} {

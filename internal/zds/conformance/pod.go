@@ -1,11 +1,7 @@
 package conformance
 
 import (
-	"bufio"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"runtime"
 	"strconv"
@@ -54,62 +50,6 @@ func (b *bench) pod() *pod {
 // add is the request that asks ztunnel to serve the pod.
 func (p *pod) add() *zds.WorkloadRequest {
 	return zds.Add(p.uid, p.name, podNamespace, podServiceAccount)
-}
-
-// listener is a listening TCP socket.
-type listener struct {
-	port     int
-	wildcard bool
-	inode    string
-}
-
-// listeners lists the listening sockets in the pod that are not ours.
-func (p *pod) listeners() []listener {
-	var files []*os.File
-	_, err := p.ns.Do(func() error {
-		// Which namespace such a file tells of is settled when it is opened.
-		for _, name := range []string{"tcp", "tcp6"} {
-			f, err := os.Open("/proc/thread-self/net/" + name)
-			if err == nil {
-				files = append(files, f)
-			} else if !errors.Is(err, fs.ErrNotExist) { // no IPv6
-				return err
-			}
-		}
-		return nil
-	})
-	var all []listener
-	for _, f := range files {
-		all = append(all, parseListeners(f)...)
-		f.Close()
-	}
-	if err != nil {
-		p.b.notTried("look into %v: %v", p.ns.ID(), err)
-	}
-	var theirs []listener
-	for _, l := range all {
-		if !p.mine[l.inode] {
-			theirs = append(theirs, l)
-		}
-	}
-	return theirs
-}
-
-// parseListeners reads the kernel's table of TCP sockets (proc(5), /proc/net/tcp).
-func parseListeners(r io.Reader) []listener {
-	var ls []listener
-	for lines := bufio.NewScanner(r); lines.Scan(); {
-		f := strings.Fields(lines.Text())
-		if len(f) < 10 || f[3] != "0A" { // TCP_LISTEN
-			continue
-		}
-		addr, port, _ := strings.Cut(f[1], ":")
-		n, err := strconv.ParseUint(port, 16, 16)
-		if err == nil {
-			ls = append(ls, listener{int(n), strings.Trim(addr, "0") == "", f[9]})
-		}
-	}
-	return ls
 }
 
 // sockets returns the inodes of the listeners on ztunnel's ports.
