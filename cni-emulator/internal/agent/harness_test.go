@@ -34,17 +34,17 @@ const patience = 20 * time.Second
 
 // node is a running agent.
 type node struct {
-	t    *testing.T
+	t    testing.TB
 	a    *Agent
 	log  *logbook
 	stop func()
 }
 
-func start(t *testing.T) *node { return startWith(t, Config{}, nil) }
+func start(t testing.TB) *node { return startWith(t, Config{}, nil) }
 
 // startWith starts an agent with sockets in a fresh directory, unless cfg names
 // some; prepare, if set, may change it before it runs.
-func startWith(t *testing.T, cfg Config, prepare func(*Agent)) *node {
+func startWith(t testing.TB, cfg Config, prepare func(*Agent)) *node {
 	t.Helper()
 	n := &node{t: t, log: new(logbook)}
 	if cfg.ZDS == "" {
@@ -102,7 +102,7 @@ func (n *node) await(words string) {
 	eventually(n.t, "log: "+words, func() bool { return strings.Contains(n.log.String(), words) })
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
+func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -160,7 +160,7 @@ func (n *node) verb(req control.Request, fd int) (notes []string, err error) {
 
 // peer is a ztunnel that does what the test says, message by message.
 type peer struct {
-	t    *testing.T
+	t    testing.TB
 	conn *zds.Conn
 	held []*netns.NS // what came with the adds
 }
@@ -297,7 +297,7 @@ func (p *peer) acksAll(wg *sync.WaitGroup, seen func(words string)) {
 func fdPath(ns *netns.NS) string { return fmt.Sprintf("/proc/%d/fd/%d", unix.Getpid(), ns.FD()) }
 
 // manySpaces makes namespaces, lo down, until the test ends.
-func manySpaces(t *testing.T, count int) []*netns.NS {
+func manySpaces(t testing.TB, count int) []*netns.NS {
 	t.Helper()
 	spaces := make([]*netns.NS, count)
 	for i := range spaces {

@@ -138,8 +138,7 @@ func (a *Agent) serveZtunnel(ctx context.Context, conn *net.UnixConn) {
 
 	pods := a.enter(z)
 	a.log.Info("ztunnel connected", "ztunnel", z.number, "pid", peer.PID, "uid", peer.UID, "version", version, "snapshot", pods)
-	err = a.converse(z)
-	resent := a.leave(z, err)
+	resent, err := a.leave(z, a.converse(z))
 	args := []any{"ztunnel", z.number, "pid", peer.PID, "resent", resent}
 	switch {
 	case ctx.Err() != nil:
@@ -313,10 +312,14 @@ func (a *Agent) current(o *op) bool {
 // leave takes z off the list, wherever it stands there, and sends the adds that
 // it left unanswered to the ztunnel that is the newest now: what the real agent's
 // callers do when they get an error and try again. As there, pods that z had
-// already are not replayed to another.
-func (a *Agent) leave(z *ztunnel, err error) (resent int) {
+// already are not replayed to another. It returns why z left: err, unless it was
+// told to.
+func (a *Agent) leave(z *ztunnel, err error) (resent int, why error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if z.dropped != nil {
+		err = z.dropped
+	}
 	for i, other := range a.ztunnels {
 		if other == z {
 			a.ztunnels = append(a.ztunnels[:i:i], a.ztunnels[i+1:]...)
@@ -336,5 +339,5 @@ func (a *Agent) leave(z *ztunnel, err error) (resent int) {
 		o.netns.release()
 	}
 	z.queue = nil
-	return resent
+	return resent, err
 }

@@ -76,9 +76,9 @@ back; then this command ends. It prints nothing when all went well.`,
 
 Exit codes:
   0  the listeners are ready (with --timeout 0: the namespace was sent)
-  1  it failed, and the pod has no listeners; stderr says why
+  1  it failed or was refused; stderr says why
   2  the words of the call were wrong
-  3  delivered, not confirmed: no answer within --timeout`,
+  3  delivered, not confirmed: no answer came`,
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,

@@ -32,6 +32,8 @@ func checkWords(args []string) error {
 		return usageError{fmt.Errorf("unknown verb %q (a socket path has a / in it: ./%s)", args[0], args[0])}
 	case len(args) == 1:
 		return usageError{fmt.Errorf("which namespace is to be handed over? cni-emulator %s <netns_path>", args[0])}
+	case args[1] == "":
+		return usageError{errors.New("the namespace's path is empty")}
 	case len(args) > 2:
 		return usageError{fmt.Errorf("one namespace at a time; what is %q?", args[2])}
 	}
@@ -99,8 +101,8 @@ func (h *handover) run(ctx context.Context, udsPath, netnsPath string) error {
 	case err == nil:
 		step("read: byte %#02x, the listeners are ready in %v", handoff.Ready, ns.ID())
 		return nil
-	case errors.Is(err, handoff.ErrNotConfirmed) && sendErr != nil:
-		return fmt.Errorf("send %s (%v) to %s: %w; is it a ztunnel-emulator that listens there?", netnsPath, ns.ID(), udsPath, sendErr)
+	case sendErr != nil && (errors.Is(err, handoff.ErrNotConfirmed) || errors.Is(err, handoff.ErrNotTaken)):
+		err = fmt.Errorf("%w; is it a ztunnel-emulator that listens there?", sendErr)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = fmt.Errorf("%w: no answer within %v; look in the pod with ss -ntlp", handoff.ErrNotConfirmed, h.timeout)
 	case errors.Is(err, handoff.ErrNotConfirmed):
@@ -137,12 +139,16 @@ func netnsAdvice(path string, err error) string {
 	name := filepath.Base(path)
 	named := filepath.Join(netnsDir, name)
 	switch {
+	case errors.Is(err, unix.ENXIO): // open(2) of a socket
+		return "; this is a socket: <uds_path> comes first, then <netns_path>"
+	case errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(path, "/proc/"):
+		return "; is there such a process?"
 	case errors.Is(err, fs.ErrNotExist):
 		if _, statErr := os.Stat(named); statErr == nil && path == name {
 			return "; did you mean " + named + "?"
 		}
 		return "; `ip netns list` shows what there is, `sudo ip netns add " + name + "` makes it"
-	case errors.Is(err, fs.ErrPermission):
+	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
 		return "; run with sudo"
 	case errors.Is(err, netns.ErrNotNetNS):
 		return "; give the path of one, such as " + netnsDir + "/NAME or /proc/PID/ns/net"

@@ -100,6 +100,9 @@ func (s *serve) run() error {
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 
+	// stderr may be a pipe whose reader leaves; the pods are worth more than that.
+	signal.Ignore(unix.SIGPIPE)
+
 	// Not on this goroutine: it is locked to the main thread, and every wait
 	// would be a switch of threads.
 	served := make(chan error, 1)
