@@ -43,6 +43,10 @@ var (
 // way and no answer came: the seed's own receiver, or one that died or is slow.
 var ErrNotConfirmed = errors.New("delivered, not confirmed")
 
+// ErrNotTaken says that the descriptor has not reached anybody: the receiver
+// closed with our message unread.
+var ErrNotTaken = errors.New("the receiver closed before it took the descriptor")
+
 // RefusedError is the receiver's refusal.
 type RefusedError struct{ Reason string }
 
@@ -106,13 +110,15 @@ func encodeReply(refusal error) []byte {
 
 // ReadReply waits for the receiver's answer, as long as conn's read deadline
 // allows. It returns nil when the listeners are ready, a *RefusedError, an error
-// that wraps ErrNotConfirmed, or one that says that the answer makes no sense.
+// ErrNotTaken, one that wraps ErrNotConfirmed, or one that says that the answer makes no sense.
 func ReadReply(conn *net.UnixConn) error {
 	first := make([]byte, 1)
 	if _, err := io.ReadFull(conn, first); err != nil {
-		// EOF, a deadline, or ECONNRESET: a receiver that closes while our byte
-		// lies unread resets us.
-		return fmt.Errorf("%w: %w", ErrNotConfirmed, err)
+		// unix(7): who closes with something unread resets the peer.
+		if errors.Is(err, unix.ECONNRESET) {
+			return ErrNotTaken
+		}
+		return fmt.Errorf("%w: %w", ErrNotConfirmed, err) // EOF or a deadline
 	}
 	if first[0] != Refused {
 		return decodeReply(first)

@@ -193,7 +193,7 @@ func TestNotConfirmed(t *testing.T) {
 			t.Fatal(err)
 		}
 		receiver.Close()
-		if err := ReadReply(sender); !errors.Is(err, ErrNotConfirmed) {
+		if err := ReadReply(sender); err != ErrNotTaken {
 			t.Error(err)
 		}
 	})

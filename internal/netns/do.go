@@ -113,7 +113,7 @@ func threadNS() (ID, error) {
 	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
 		return ID{}, os.NewSyscallError("stat /proc/thread-self/ns/net", err)
 	}
-	return ID{Dev: st.Dev, Ino: st.Ino}, nil
+	return ID{Dev: uint64(st.Dev), Ino: st.Ino}, nil
 }
 
 // Probe tells whether this process may enter network namespaces at all, by the

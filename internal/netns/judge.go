@@ -32,13 +32,17 @@ func judge(fd int) (ID, error) {
 	// ioctl_nsfs(2): which type of namespace? Before Linux 4.11 nobody could
 	// say (ENOTTY); then setns refuses the wrong type with EINVAL.
 	typ, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE)
+	if errors.Is(err, unix.EBADF) {
+		// fstat works with such a descriptor, setns does not (open(2)).
+		return ID{}, fmt.Errorf("%w but a mere path, opened with O_PATH", ErrNotNetNS)
+	}
 	if err != nil && !errors.Is(err, unix.ENOTTY) {
 		return ID{}, os.NewSyscallError("ioctl NS_GET_NSTYPE", err)
 	}
 	if err == nil && typ != unix.CLONE_NEWNET {
 		return ID{}, fmt.Errorf("%w but a namespace of another type: %s", ErrNotNetNS, nsType(typ))
 	}
-	return ID{Dev: st.Dev, Ino: st.Ino}, nil
+	return ID{Dev: uint64(st.Dev), Ino: st.Ino}, nil
 }
 
 // kind names a file's type for a person.

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -75,6 +76,13 @@ func TestFromFDClosesWhatItRefuses(t *testing.T) {
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); !errors.Is(err, unix.EBADF) {
 		t.Errorf("the refused descriptor is still open: %v", err)
 	}
+	path, err := unix.Open("/proc/self/ns/net", unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := netns.FromFD(path); !errors.Is(err, netns.ErrNotNetNS) || !strings.Contains(err.Error(), "O_PATH") {
+		t.Errorf("FromFD(O_PATH): %v", err)
+	}
 	if _, err := netns.FromFD(fd); !errors.Is(err, unix.EBADF) {
 		t.Errorf("FromFD(closed): %v, want EBADF", err)
 	}
@@ -82,6 +90,9 @@ func TestFromFDClosesWhatItRefuses(t *testing.T) {
 
 func TestIdentity(t *testing.T) {
 	a, b := netnstest.New(t), netnstest.New(t)
+	if flags, err := unix.FcntlInt(uintptr(a.FD()), unix.F_GETFD, 0); flags&unix.FD_CLOEXEC == 0 || err != nil {
+		t.Errorf("not close-on-exec: %#x, %v", flags, err)
+	}
 	again := netnstest.Dup(t, a)
 	defer again.Close()
 	if again.FD() == a.FD() || again.ID() != a.ID() {
@@ -174,6 +185,39 @@ func TestStrandedThreadIsDestroyed(t *testing.T) {
 	if astray := testmain.ThreadsAstray(); len(astray) > 0 {
 		t.Errorf("threads left in the pod: %v", astray)
 	}
+}
+
+// A kernel that says it has moved the thread, and has not: a seccomp filter on
+// the thread makes setns(2) a success that does nothing. The look at where the
+// thread really is finds out.
+func TestReturnIsVerified(t *testing.T) {
+	pod := netnstest.New(t)
+	visit, err := pod.Do(fakeSetns)
+	if !errors.Is(err, netns.ErrStranded) || visit.Back != pod.ID() || !strings.Contains(err.Error(), "found itself in "+pod.ID().String()) {
+		t.Fatalf("got %v, back in %v", err, visit.Back)
+	}
+	if _, err := pod.Do(func() error { return nil }); err != nil {
+		t.Fatalf("the next visit: %v", err)
+	}
+}
+
+// fakeSetns makes setns do nothing, successfully, on the calling thread.
+func fakeSetns() error {
+	const nr, ret0, allow = 0, unix.SECCOMP_RET_ERRNO, unix.SECCOMP_RET_ALLOW
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_SETNS, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: ret0},
+		{Code: unix.BPF_RET | unix.BPF_K, K: allow},
+	}
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return os.NewSyscallError("prctl", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&prog)), 0, 0); err != nil {
+		return os.NewSyscallError("prctl PR_SET_SECCOMP", err)
+	}
+	return nil
 }
 
 // Both errors are told when the function fails and the way back too.

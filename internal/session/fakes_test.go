@@ -43,13 +43,12 @@ func badSender() {
 		if len(fds) > 0 {
 			oob = unix.UnixRights(fds...)
 		}
-		_, _, err := conn.WriteMsgUnix([]byte(words), oob, nil)
-		check(err)
+		// Who refuses without reading may be faster than we write, and resets us.
+		conn.WriteMsgUnix([]byte(words), oob, nil)
 	}
-	check(conn.CloseWrite())
-	answer, err := io.ReadAll(conn)
+	conn.CloseWrite()
+	answer, _ := io.ReadAll(conn)
 	fmt.Printf("%q\n", answer)
-	check(err)
 }
 
 // fakeReceiver SOCKET MODE: a receiver that takes one message and then

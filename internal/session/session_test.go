@@ -3,14 +3,16 @@
 package session
 
 import (
-	"context"
+	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -33,19 +35,22 @@ func TestMain(m *testing.M) {
 func TestSessions(t *testing.T) {
 	bin := build(t)
 	testscript.RunT(sequential{t}, testscript.Params{
-		Dir: "testdata",
-		Setup: func(env *testscript.Env) error {
-			env.Setenv("PATH", bin+":"+env.Getenv("PATH")+":/usr/sbin:/sbin")
-			env.Setenv("BIN", bin)
-			env.Setenv("ONE", "\x01") // the seed's one byte
-			env.Setenv("GORACE", "atexit_sleep_ms=0")
-			return nil
-		},
+		Files: files(t),
 		Condition: func(cond string) (bool, error) {
 			if cond == "realroot" {
 				return testmain.RealRoot(), nil
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
+		},
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("PATH", bin+":"+env.Getenv("PATH")+":/usr/sbin:/sbin")
+			env.Setenv("BIN", bin)
+			env.Setenv("ONE", "\x01") // the seed's one byte
+			env.Setenv("GORACE", "atexit_sleep_ms=0")
+			if bad, err := exec.LookPath("bad-sender"); err == nil {
+				env.Setenv("BAD_SENDER", bad)
+			}
+			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exits":  cmdExits,
@@ -54,6 +59,27 @@ func TestSessions(t *testing.T) {
 			"netns":  cmdNetns,
 		},
 	})
+}
+
+// files lists the scripts, and skips those that need real root where it is not:
+// a skip of testscript's own prints the whole script.
+func files(t *testing.T) (files []string) {
+	t.Helper()
+	for _, path := range scripts(t) {
+		path = filepath.Join(testmain.Root(), path)
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(b, []byte("[!realroot] skip")) && !testmain.RealRoot() {
+			t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
+				t.Skip("needs real root: another user has to run it")
+			})
+			continue
+		}
+		files = append(files, path)
+	}
+	return files
 }
 
 // sequential runs the scripts one after the other: they share /run/netns.
@@ -71,7 +97,7 @@ func (s sequential) Verbose() bool { return testing.Verbose() }
 // detector if these tests have it, and returns the folder with the results.
 func build(t *testing.T) string {
 	t.Helper()
-	bin, err := os.MkdirTemp("/tmp", "session") // not t.TempDir: other users run them too
+	bin, err := os.MkdirTemp("", "session") // not t.TempDir: other users run them too
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,11 +155,13 @@ func cmdAwait(ts *testscript.TestScript, neg bool, args []string) {
 
 // signal NAME SOCKET: the process that listens on SOCKET gets the signal.
 func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
-	conn, peer, err := uds.Dial(context.Background(), "unix", ts.MkAbs(args[1]))
+	path := ts.MkAbs(args[1])
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Net: "unix", Name: path})
 	if errors.Is(err, unix.EPROTOTYPE) {
-		conn, peer, err = uds.Dial(context.Background(), "unixpacket", ts.MkAbs(args[1]))
+		conn, err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: path})
 	}
 	ts.Check(err)
+	peer, _ := uds.PeerOf(conn) // of whatever user
 	conn.Close()
 	ts.Check(unix.Kill(int(peer.PID), unix.SignalNum("SIG"+args[0])))
 }

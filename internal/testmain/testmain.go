@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"ambient-emulator/internal/netns"
 )
 
 // Run runs the tests and returns only by exiting. The caller locks the main
@@ -19,7 +21,7 @@ import (
 func Run(m *testing.M) {
 	EnterPrivateWorld()
 
-	openHome()
+	openOnce()
 	before := Descriptors()
 	code := m.Run()
 	if code == 0 {
@@ -78,9 +80,13 @@ func Root() string {
 	}
 }
 
-// openHome lets the runtime open what it opens once, so that it does not count
-// as a leak: its poller, which the first pipe starts.
-func openHome() {
+// openOnce opens what is open for as long as the process, so that it does not
+// count as a leak: the home namespace, and the runtime's poller, which the first
+// pipe starts.
+func openOnce() {
+	if _, err := netns.Home(); err != nil {
+		panic(err)
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		panic(err)
@@ -89,10 +95,8 @@ func openHome() {
 	w.Close()
 }
 
-// Descriptors lists what this process has open, as "number -> target", without
-// what is there once a process: the home namespace and the runtime's poller.
+// Descriptors lists what this process has open, as "number -> target".
 func Descriptors() []string {
-	home, _ := os.Readlink("/proc/self/ns/net")
 	dir, err := os.Open("/proc/self/fd")
 	if err != nil {
 		panic(err)
@@ -105,7 +109,7 @@ func Descriptors() []string {
 	var fds []string
 	for _, name := range names {
 		target, err := os.Readlink("/proc/self/fd/" + name)
-		if err != nil || name == fmt.Sprint(dir.Fd()) || target == home {
+		if err != nil || name == fmt.Sprint(dir.Fd()) {
 			continue
 		}
 		fds = append(fds, name+" -> "+target)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"time"
@@ -41,7 +42,7 @@ func PeerOf(conn *net.UnixConn) (Peer, error) {
 	}
 	p := Peer{PID: cred.Pid, UID: cred.Uid}
 	if p.UID != 0 && int(p.UID) != os.Geteuid() {
-		return p, fmt.Errorf("%w: it has uid %d, we have %d", ErrUntrusted, p.UID, os.Geteuid())
+		return p, fmt.Errorf("%w: it has uid %d, we have %d; run both as one user", ErrUntrusted, p.UID, os.Geteuid())
 	}
 	return p, nil
 }
@@ -54,7 +55,7 @@ func Dial(ctx context.Context, network, path string) (*net.UnixConn, Peer, error
 	}
 	conn, err := dial(ctx, network, path)
 	if err != nil {
-		return nil, Peer{}, fmt.Errorf("connect to %s: %w%s", path, errno(err), advice(err))
+		return nil, Peer{}, fmt.Errorf("connect to %s: %w%s", path, errno(err), advice(path, err))
 	}
 	peer, err := PeerOf(conn)
 	if err != nil {
@@ -68,22 +69,30 @@ func Dial(ctx context.Context, network, path string) (*net.UnixConn, Peer, error
 // Unix socket, connect(2)).
 func dial(ctx context.Context, network, path string) (*net.UnixConn, error) {
 	var d net.Dialer
+	var full error
 	for {
 		conn, err := d.DialContext(ctx, network, path)
-		if err == nil {
+		switch {
+		case err == nil:
 			return conn.(*net.UnixConn), nil
-		}
-		if !errors.Is(err, unix.EAGAIN) {
+		case errors.Is(err, unix.EAGAIN):
+			full = err
+		case full != nil && timeout(err):
+			return nil, full // says more than that the time is over
+		default:
 			return nil, err
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
-		}
-		if ctx.Err() != nil {
-			return nil, err
+			return nil, full
 		}
 	}
+}
+
+func timeout(err error) bool {
+	var t net.Error
+	return errors.As(err, &t) && t.Timeout()
 }
 
 // errno strips what net.OpError says about addresses; the caller names the path.
@@ -99,8 +108,15 @@ func errno(err error) error {
 	return err
 }
 
-func advice(err error) string {
+func isSocket(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.Mode().Type() == fs.ModeSocket
+}
+
+func advice(path string, err error) string {
 	switch {
+	case errors.Is(err, unix.ECONNREFUSED) && !isSocket(path):
+		return "; that is no socket"
 	case errors.Is(err, unix.ENOENT):
 		return "; is the server started, and with this path?"
 	case errors.Is(err, unix.ECONNREFUSED):

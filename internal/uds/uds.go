@@ -81,10 +81,7 @@ func (l *Listener) Path() string { return l.path }
 // Close removes the socket's file, unless another one stands at its path by
 // now, and closes the socket.
 func (l *Listener) Close() error {
-	// Without the lock in the worst case: while we listen nobody replaces us.
-	if unlock, err := lockDir(filepath.Dir(l.path)); err == nil {
-		defer unlock()
-	}
+	// No lock: while we listen nobody replaces us.
 	var st unix.Stat_t
 	var removeErr error
 	if unix.Lstat(l.path, &st) == nil && st.Dev == l.dev && st.Ino == l.ino {
@@ -94,7 +91,10 @@ func (l *Listener) Close() error {
 }
 
 func checkPath(path string) error {
-	if path == "" || path[0] == '@' {
+	switch {
+	case path == "":
+		return errors.New("the socket's path is empty")
+	case path[0] == '@':
 		// Go would make an abstract socket of it, which has no file and no mode.
 		return fmt.Errorf("%q is no path of a file: for a name that starts with @ write ./@", path)
 	}
@@ -128,7 +128,7 @@ func removeStale(path string) error {
 		// Connected; or of another socket kind; or its backlog is full.
 		return fmt.Errorf("%w: stop it or choose another path", ErrInUse)
 	}
-	return fmt.Errorf("cannot tell whether the socket there is alive: %w", err)
+	return fmt.Errorf("cannot tell whether the socket there is alive: %w; it is left alone: choose another path, or run as its owner", err)
 }
 
 // probe connects to path and hangs up.
@@ -148,6 +148,9 @@ const lockWait = 2 * time.Second
 func lockDir(dir string) (unlock func(), err error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			return nil, fmt.Errorf("there is no directory %s: make it first", dir)
+		}
 		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
 	deadline := time.Now().Add(lockWait)

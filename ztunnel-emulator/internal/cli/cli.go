@@ -66,7 +66,7 @@ cni-emulator sends. For each it enters the namespace on one thread, binds
 stdout and tells the sender. It serves any number of pods until SIGINT or
 SIGTERM; a pod lives until then. It needs CAP_SYS_ADMIN: run it with sudo, or
 give it that alone with
-  sudo setcap cap_sys_admin+ep ./ztunnel-emulator
+  sudo setcap cap_sys_admin+ep PATH/TO/ztunnel-emulator
 
 With --inpod-uds it works as the real ztunnel does: it dials the node agent at
 PATH (istio-cni, or cni-emulator serve) and speaks ZDS. Listeners are bound to
@@ -112,6 +112,9 @@ Exit codes:
 			case len(args) > 0 && cmd.Flags().Changed("inpod-uds"):
 				return usageError{errors.New("either listen on <uds_path> or dial --inpod-uds, not both")}
 			}
+			if len(args) > 0 && strings.HasPrefix(args[0], "/var/run/netns/") {
+				return usageError{fmt.Errorf("%s is a place for namespaces, not for a socket; cni-emulator is the one that takes a namespace", args[0])}
+			}
 			switch len(args) {
 			case 0:
 				cmd.SetOut(stderr)
@@ -136,13 +139,17 @@ Exit codes:
 	f.StringVar(&z.path, "inpod-uds", os.Getenv("INPOD_UDS"), "dial the node agent at this `path` and speak ZDS (env INPOD_UDS)")
 	f.BoolVar(&z.trace, "trace-zds", false, "print each ZDS packet on stderr")
 	f.BoolVarP(&s.explain, "explain", "v", false, "narrate each handoff on stderr")
-	root.AddCommand(newCompletion())
-	root.SetHelpCommand(&cobra.Command{Use: "no-help", Hidden: true}) // --help is enough
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.AddCommand(newCompletion())
+	// <uds_path> is a file.
+	root.ValidArgsFunction = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
 	return root
 }
 
-// newCompletion prints a shell's completion script.
+// newCompletion prints a shell's completion script. cobra has such a command of
+// its own, but only beside other verbs, and here are none.
 func newCompletion() *cobra.Command {
 	return &cobra.Command{
 		Use:       "completion bash|zsh|fish",
@@ -151,7 +158,7 @@ func newCompletion() *cobra.Command {
 		ValidArgs: []string{"bash", "zsh", "fish"},
 		Args: func(cmd *cobra.Command, args []string) error {
 			if err := cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs)(cmd, args); err != nil {
-				return usageError{err}
+				return usageError{fmt.Errorf("which shell? ztunnel-emulator completion bash, zsh or fish")}
 			}
 			return nil
 		},

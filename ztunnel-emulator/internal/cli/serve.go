@@ -28,7 +28,7 @@ func (s *serve) run(path string) error {
 
 	// From the first instant: a signal that comes while we start must not leave
 	// the socket's file behind.
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	// stdout may be a pipe whose reader leaves; the pods' listeners are worth
 	// more than that. Writing then fails with EPIPE.
@@ -68,11 +68,22 @@ func (s *serve) run(path string) error {
 	go func() { served <- server.Serve(ctx, l) }()
 	err = <-served
 
-	stop() // from here on a second signal ends the process at once
 	n := pods.Len()
 	err = errors.Join(err, l.Close(), pods.Close())
 	log.Info("stopped", "pods", n)
 	return err
+}
+
+// untilSignal returns a context that the first signal ends. A second one ends the
+// process at once, whatever it is doing.
+func untilSignal() (context.Context, context.CancelFunc) {
+	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) { // nohup(1) has it ignored
+		signals = append(signals, unix.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
 
 // report logs what became of one handoff.
@@ -96,7 +107,7 @@ func report(log *slog.Logger, h inpod.Handoff) {
 		log.Info("pod served already", args...)
 	}
 	if h.Added.LoopDown {
-		log.Warn(inpod.LoopDownWarning(h.NetNS), "netns", h.NetNS)
+		log.Warn(inpod.LoopDownWarning(h.NetNS, h.Added.NetNSFD), "netns", h.NetNS)
 	}
 	if h.ReplyErr != nil && !errors.Is(h.ReplyErr, unix.EPIPE) { // EPIPE: the seed's sender, which does not wait
 		log.Warn("the sender was not told", append(args, "error", h.ReplyErr)...)

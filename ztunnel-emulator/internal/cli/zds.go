@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
 	"sync"
 	"time"
 
@@ -33,7 +32,7 @@ func (z *serveZDS) run() error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 
 	if err := netns.Probe(); err != nil {
@@ -76,7 +75,6 @@ func (z *serveZDS) run() error {
 		return err
 	}
 
-	stop() // from here on a second signal ends the process at once
 	n := workloads.Counts().Active
 	log.Info("draining", "pods", n, "deadline", config.deadline)
 	err = workloads.Close(config.deadline)

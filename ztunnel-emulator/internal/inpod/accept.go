@@ -171,12 +171,33 @@ func (a *acceptor) accept(listener int) error {
 			return nil
 		case exhausted(err):
 			return os.NewSyscallError("accept4", err)
+		case ofOneConnection(err):
+			// It is gone; the next one is as good as ever.
 		default:
-			// ECONNABORTED and the network errors of accept(2) belong to the
-			// one connection that is gone.
+			// Somebody in the pod has destroyed the listener (ss -K does that),
+			// and it would say so for ever. The pod is broken until it is handed
+			// over again.
+			owner.broken.Store(true)
+			a.remove([]int{listener})
+			a.log.Error("a listener is gone, the pod needs another handoff", "netns", owner.ns.ID(), "fd", listener, "error", os.NewSyscallError("accept4", err))
+			return nil
 		}
 	}
 	return nil
+}
+
+// ofOneConnection tells the errors of accept(2) that a connection has left behind
+// on its way to us.
+func ofOneConnection(err error) bool {
+	for _, e := range []unix.Errno{
+		unix.ECONNABORTED, unix.EINTR, unix.EPROTO, unix.EPERM, unix.ENOPROTOOPT, unix.ENETDOWN,
+		unix.ENETUNREACH, unix.EHOSTDOWN, unix.EHOSTUNREACH, unix.ENONET, unix.EOPNOTSUPP, unix.ETIMEDOUT,
+	} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // exhausted tells errors of accept(2) that come back until something is freed.

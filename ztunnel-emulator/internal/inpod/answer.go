@@ -58,6 +58,7 @@ func (a *answerer) answer(owner *pod, fd int) {
 		<-a.slots
 		return
 	}
+	f.SetReadDeadline(time.Now().Add(lingerFor)) // here, not to undo what close does
 	a.open[f] = owner
 	a.wg.Add(1)
 	a.mu.Unlock()
@@ -67,7 +68,6 @@ func (a *answerer) answer(owner *pod, fd int) {
 // linger waits for the client to hang up and closes f.
 func (a *answerer) linger(f *os.File) {
 	defer a.wg.Done()
-	f.SetReadDeadline(time.Now().Add(lingerFor))
 	io.Copy(io.Discard, io.LimitReader(f, lingerBytes))
 	a.mu.Lock()
 	delete(a.open, f)

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,6 +34,7 @@ type engine struct {
 type pod struct {
 	ns        *netns.NS
 	listeners []int
+	broken    atomic.Bool // a listener has died; the next add makes the pod anew
 }
 
 // Added is what a start did, for the log and for a learner.
@@ -42,6 +45,7 @@ type Added struct {
 	Visit    netns.Visit
 	Watch    time.Duration // from the return home to accepting
 	LoopDown bool          // lo is down in the pod: nothing will connect yet
+	NetNSFD  int           // the namespace's number in this process
 }
 
 // newEngine returns an engine that gives each pod listeners at addrs, made by open.
@@ -81,7 +85,7 @@ func growTable(anyFD int) {
 // start makes ns a pod: listeners at every address in it, or an error and none.
 // The pod owns ns; after an error it is still the caller's.
 func (e *engine) start(ns *netns.NS) (*pod, Added, error) {
-	added := Added{New: true, Addrs: e.addrs}
+	added := Added{New: true, Addrs: e.addrs, NetNSFD: ns.FD()}
 	if ns.ID() == e.home {
 		return nil, added, ErrOwnNetNS
 	}
@@ -122,28 +126,32 @@ func (e *engine) close() error {
 func advice(err error, id netns.ID) string {
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
-		return "; nothing was bound: see who has it with " + podCommand(id, "ss -ntlp", "ip netns exec %s ss -ntlp")
+		return "; nothing was bound: see who has it with " + inPod(id, "ss -ntlp")
 	case errors.Is(err, unix.EMFILE):
-		return "; nothing was bound: this ztunnel has too many open files, raise its limit (ulimit -n, LimitNOFILE=)"
+		return "; nothing was bound: raise ztunnel's limit (ulimit -n, LimitNOFILE=)"
 	case errors.Is(err, unix.EPERM):
-		return "; ztunnel needs CAP_SYS_ADMIN in the user namespace that owns the pod's network namespace"
+		return "; it takes CAP_SYS_ADMIN in the user namespace that owns the pod's network namespace"
 	}
 	return ""
 }
 
 // LoopDownWarning words what to do about a pod whose lo is down. It looks for the
 // pod's name, which takes long where there are many; not before the reply.
-func LoopDownWarning(id netns.ID) string {
-	return "lo is down in the pod: nothing will connect until " + podCommand(id, "ip link set lo up", "ip -n %s link set lo up")
+func LoopDownWarning(id netns.ID, fd int) string {
+	const warning = "lo is down in the pod: nothing will connect until "
+	if name := nameOf(id); name != "" {
+		return warning + "ip -n " + name + " link set lo up"
+	}
+	// The pod has no name, but a descriptor of ours.
+	return fmt.Sprintf("%snsenter --net=/proc/%d/fd/%d ip link set lo up", warning, os.Getpid(), fd)
 }
 
-// podCommand words a command to run in the pod: with its name if `ip netns`
-// knows one, else plainly.
-func podCommand(id netns.ID, plain, named string) string {
+// inPod words a command to run in a pod.
+func inPod(id netns.ID, command string) string {
 	if name := nameOf(id); name != "" {
-		return fmt.Sprintf(named, name)
+		return "ip netns exec " + name + " " + command
 	}
-	return plain + " (run in the pod)"
+	return command + " in the pod"
 }
 
 // nameOf returns the name under which ip-netns(8) keeps a namespace, or "".

@@ -34,6 +34,16 @@ type starting struct {
 	err   error
 }
 
+// broken tells whether the pod has started once and lost a listener since.
+func (s *starting) broken() bool {
+	select {
+	case <-s.ready:
+		return s.err == nil && s.pod.broken.Load()
+	default:
+		return false
+	}
+}
+
 // NewPods returns an empty set. Close it to take all listeners out of all pods.
 func NewPods(log *slog.Logger) (*Pods, error) {
 	e, err := newEngine(Addrs(), listenTCP, log)
@@ -61,7 +71,8 @@ func (p *Pods) Add(ns *netns.NS) (Added, error) {
 		ns.Close()
 		return Added{}, ErrStopping
 	}
-	if there, ok := p.pods[ns.ID()]; ok {
+	there := p.pods[ns.ID()]
+	if there != nil && !there.broken() {
 		p.mu.Unlock()
 		// Ours is one more descriptor of a namespace that there keeps open.
 		ns.Close()
@@ -71,6 +82,9 @@ func (p *Pods) Add(ns *netns.NS) (Added, error) {
 	self := &starting{ready: make(chan struct{})}
 	p.pods[ns.ID()] = self
 	p.mu.Unlock()
+	if there != nil {
+		p.engine.stop(there.pod)
+	}
 
 	var added Added
 	self.pod, added, self.err = p.engine.start(ns)

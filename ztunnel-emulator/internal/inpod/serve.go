@@ -34,6 +34,7 @@ var ErrCrowded = fmt.Errorf("%d peers at once, and this one has not sent its mes
 // Handoff is what became of one connection on the seed's wire.
 type Handoff struct {
 	Peer     uds.Peer
+	TID      int           // the thread that received the descriptor
 	PeerFD   int           // the namespace's descriptor as it arrived here, or fdpass.NoFD
 	NetNS    netns.ID      // zero when none arrived
 	Added    Added         // what was done
@@ -84,21 +85,29 @@ func (s *Server) Serve(ctx context.Context, l *uds.Listener) error {
 			go s.serveConn(conn, &wg)
 			continue
 		}
-		<-s.peers.slots
 		switch {
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, unix.ECONNABORTED):
+			<-s.peers.slots
 			continue
 		case !exhausted(err):
 			return fmt.Errorf("accept handoffs: %w", err)
 		}
 		s.Log.Warn("accept a handoff", "error", err, "pause", pause.next())
 		if spare.lend() { // even to say no takes a descriptor
+			// The kernel says that the table is full before it looks whether
+			// anybody is there, so this may wait for long.
 			if conn, err := l.AcceptUnix(); err == nil {
+				if spare.take(); spare.f != nil {
+					wg.Add(1) // meanwhile there is room again
+					go s.serveConn(conn, &wg)
+					continue
+				}
 				s.refuse(conn, fdpass.ErrTableFull)
 			}
 		}
+		<-s.peers.slots
 		pause.wait()
 	}
 	return nil
@@ -129,7 +138,7 @@ func (s *Server) handle(conn *net.UnixConn) Handoff {
 	fd, err := handoff.Receive(conn)
 	evicted := s.peers.leave(p)
 	received := time.Now()
-	h.Wait = received.Sub(accepted)
+	h.TID, h.Wait = unix.Gettid(), received.Sub(accepted)
 	if err != nil {
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			err = fmt.Errorf("no message within %v", PeerTimeout)

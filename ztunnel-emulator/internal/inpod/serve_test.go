@@ -142,6 +142,17 @@ func TestHandoff(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkServed(t, pod)
+	h := z.report(0)
+	for _, fd := range h.Added.FDs {
+		if proto, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); proto != unix.IPPROTO_TCP || err != nil {
+			t.Errorf("a listener of protocol %d (%v), want plain TCP", proto, err)
+		}
+	}
+	for _, fd := range append(h.Added.FDs, h.Added.NetNSFD) {
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); flags&unix.FD_CLOEXEC == 0 || err != nil {
+			t.Errorf("fd %d is not close-on-exec: %#x, %v", fd, flags, err)
+		}
+	}
 	for _, port := range Ports {
 		if _, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port)); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("port %d on the node: %v, want refused", port, err)
@@ -347,6 +358,10 @@ func TestSeedsSender(t *testing.T) {
 
 func TestAllOrNothing(t *testing.T) {
 	z := start(t)
+	if err := z.hand(netnstest.New(t).FD()); err != nil { // what is opened once is open then
+		t.Fatal(err)
+	}
+	z.report(0)
 	pod := netnstest.New(t)
 	var squatter net.Listener
 	if _, err := pod.Do(func() (err error) {
@@ -361,14 +376,14 @@ func TestAllOrNothing(t *testing.T) {
 	if !errors.As(err, &refused) || !strings.Contains(refused.Reason, "listen on 127.0.0.1:15006: bind: address already in use") {
 		t.Errorf("got %v", err)
 	}
-	z.report(0)
+	z.report(1)
 	if after := testmain.Descriptors(); len(after) != len(before) {
 		t.Errorf("descriptors before: %q\nafter: %q", before, after)
 	}
 	if _, err := ask(pod, PortInbound); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("15008 after the refusal: %v, want refused", err)
 	}
-	if z.ready.Load() != 0 || z.pods.Len() != 0 {
+	if z.ready.Load() != 1 || z.pods.Len() != 1 {
 		t.Errorf("ready %d times, %d pods", z.ready.Load(), z.pods.Len())
 	}
 	squatter.Close()
@@ -384,7 +399,7 @@ func TestLoopbackDown(t *testing.T) {
 	if err := z.hand(pod.FD()); err != nil {
 		t.Fatal(err)
 	}
-	if h := z.report(0); !h.Added.LoopDown || !strings.Contains(LoopDownWarning(h.NetNS), "ip link set lo up") {
+	if h := z.report(0); !h.Added.LoopDown || !strings.Contains(LoopDownWarning(h.NetNS, h.Added.NetNSFD), fmt.Sprintf("nsenter --net=/proc/%d/fd/%d ip link set lo up", os.Getpid(), h.Added.NetNSFD)) {
 		t.Errorf("lo is down, and reported: %+v", h)
 	}
 	if err := z.hand(netnstest.New(t).FD()); err != nil {

@@ -142,12 +142,12 @@ func (w *Workloads) add(req *zds.AddWorkload, ns *netns.NS, nsErr error) error {
 		w.snapshot[uid] = struct{}{}
 	}
 	if old, ok := w.running[uid]; ok && ns != nil {
-		if old.ns.ID() == ns.ID() {
+		if old.ns.ID() == ns.ID() && !old.broken.Load() {
 			w.dropPending(uid)
 			return ns.Close()
 		}
-		// The pod's sandbox was made anew.
-		w.stop(uid, old, "netns replaced")
+		// The pod's sandbox was made anew, or a listener has died.
+		w.stop(uid, old, "replaced")
 	}
 	w.dropPending(uid)
 
@@ -177,7 +177,7 @@ func (w *Workloads) start(uid, name string, ns *netns.NS) error {
 	w.mu.Unlock()
 	w.log.Info("pod served", "uid", uid, "pod", name, "netns", ns.ID(), "duration", time.Since(began))
 	if added.LoopDown {
-		w.log.Warn(LoopDownWarning(ns.ID()), "uid", uid, "netns", ns.ID())
+		w.log.Warn(LoopDownWarning(ns.ID(), ns.FD()), "uid", uid, "netns", ns.ID())
 	}
 	return nil
 }
