@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -49,7 +51,8 @@ func TestThousandPods(t *testing.T) {
 func TestConcurrent(t *testing.T) {
 	n := start(t)
 	before := len(testmain.Descriptors())
-	const workers, rounds = 8, 60
+	// Fewer connections in all than those that come unpaced.
+	const workers, rounds, comings = 8, 60, acceptBurst/3 - 5
 	spaces := manySpaces(t, workers)
 	others := manySpaces(t, workers)
 
@@ -59,23 +62,28 @@ func TestConcurrent(t *testing.T) {
 		ztunnels.Add(1)
 		go func() {
 			defer ztunnels.Done()
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				// It leaves after some messages, wherever that is.
-				left := rand.IntN(40)
+			// It leaves after some messages, wherever that is, and comes back; the
+			// last time it stays.
+			for round := 1; ; round++ {
 				p := n.dial()
-				if p.conn.SendHello() != nil {
-					continue
+				if err := p.conn.SendHello(); err != nil {
+					t.Errorf("hello: %v", err)
 				}
-				for range left {
+				for left := rand.IntN(40); left > 0 || round == comings; left-- {
 					p.conn.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
 					req, fd, err := p.conn.ReadRequest()
+					if errors.Is(err, os.ErrDeadlineExceeded) {
+						select {
+						case <-stop:
+							p.conn.Close()
+							return
+						default:
+						}
+						continue
+					}
 					if err != nil {
-						break
+						t.Errorf("read a request: %v", err)
+						return
 					}
 					if fd != fdpass.NoFD {
 						unix.Close(fd)
@@ -100,7 +108,7 @@ func TestConcurrent(t *testing.T) {
 				if rand.IntN(3) == 0 {
 					ns = others[w]
 				}
-				if _, err := n.add(id, ns, time.Duration(rand.IntN(2))*time.Second); err != nil && !strings.Contains(err.Error(), "says: not now") {
+				if _, err := n.add(id, ns, time.Duration(rand.IntN(2))*time.Second); err != nil && !strings.Contains(err.Error(), "says: not now") && !errors.Is(err, errUnconfirmed) {
 					t.Errorf("add: %v", err)
 				}
 				if rand.IntN(2) == 0 {

@@ -191,8 +191,15 @@ func Call(ctx context.Context, path string, req Request, fd int, each func(Reply
 	// than that sending failed.
 	sendErr := fdpass.Send(conn, b, fd)
 	buf := make([]byte, MaxReply)
+	reset := false
 	for {
 		n, fd, err := fdpass.Recv(conn, buf)
+		if errors.Is(err, unix.ECONNRESET) && !reset {
+			// The daemon closed without having read us. The kernel says that
+			// first; what the daemon said lies behind it.
+			reset = true
+			continue
+		}
 		if err == nil && fd != fdpass.NoFD {
 			unix.Close(fd)
 			err = errors.New("a descriptor came with it")
