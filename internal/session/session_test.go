@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -135,22 +136,39 @@ func cmdExits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// await PATH: something stands at PATH; ! await PATH: nothing does. PATH may be
-// a pattern.
+// await PATH: something stands at PATH, and if it is a socket somebody listens;
+// ! await PATH: nothing stands there.
 func cmdAwait(ts *testscript.TestScript, neg bool, args []string) {
 	path := args[0]
 	if !filepath.IsAbs(path) {
 		path = ts.MkAbs(path)
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		_, err := os.Lstat(path)
-		if (err != nil) == neg {
+		fi, err := os.Lstat(path)
+		if (err != nil) == neg && (neg || fi.Mode().Type() != fs.ModeSocket || listens(path)) {
 			return
 		}
 		if time.Now().After(deadline) {
 			ts.Fatalf("%s is there: %v", path, err == nil)
 		}
 	}
+}
+
+// listens tells whether a socket of that name listens. Between bind(2) and
+// listen(2) it is there and refuses.
+func listens(path string) bool {
+	table, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		return true
+	}
+	for line := range strings.Lines(string(table)) {
+		f := strings.Fields(line)
+		const acceptcon = "00010000" // __SO_ACCEPTCON, in the column Flags
+		if len(f) == 8 && f[3] == acceptcon && filepath.Base(f[7]) == filepath.Base(path) {
+			return true
+		}
+	}
+	return false
 }
 
 // signal NAME SOCKET: the process that listens on SOCKET gets the signal.
