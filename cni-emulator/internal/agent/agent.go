@@ -92,6 +92,9 @@ func New(cfg Config) (*Agent, error) {
 	// All pods must be known before the first snapshot: ztunnel gives up what it
 	// lacks.
 	err = a.restore()
+	if err == nil {
+		err = a.save() // tells now, not at the first verb, if it can't be
+	}
 	if err == nil && cfg.Watch != "" {
 		a.watcher, err = newWatcher(a, cfg.Watch, cfg.Match)
 	}

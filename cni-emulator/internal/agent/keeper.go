@@ -40,11 +40,11 @@ func (a *Agent) keep(stop <-chan struct{}) {
 	for {
 		select {
 		case <-a.keeper.dirty:
-			a.save()
+			a.saveOrLog()
 		case <-stop:
 			select {
 			case <-a.keeper.dirty:
-				a.save()
+				a.saveOrLog()
 			default:
 			}
 			return
@@ -52,22 +52,29 @@ func (a *Agent) keep(stop <-chan struct{}) {
 	}
 }
 
-// save writes the pods as they are now.
-func (a *Agent) save() {
+func (a *Agent) saveOrLog() {
+	if err := a.save(); err != nil {
+		a.log.Error("after a restart the pods would not be known", "error", err)
+	}
+}
+
+// save writes the pods as they are now, and tells who waits for that.
+func (a *Agent) save() error {
 	k := a.keeper
 	if k.path == "" {
-		return
+		return nil
 	}
 	m, generation := a.remember()
 	err := writeState(k.path, m)
 	if err != nil {
-		a.log.Error("the pods could not be written down; after a restart they would not be known", "error", err)
+		err = fmt.Errorf("write the state file: %w", err)
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.written, k.err = generation, err
 	close(k.again)
 	k.again = make(chan struct{})
+	return err
 }
 
 // onDisk waits until all that is true now is in the state file: a verb's success
@@ -87,7 +94,7 @@ func (a *Agent) onDisk(ctx context.Context) error {
 		k.mu.Unlock()
 		switch {
 		case written >= now && err != nil:
-			return fmt.Errorf("it is done, but not written down for the agent's next start: %w", err)
+			return fmt.Errorf("it is done, but the agent's next start will not know of it: %w", err)
 		case written >= now:
 			return nil
 		}

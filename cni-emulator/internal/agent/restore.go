@@ -35,9 +35,6 @@ func (a *Agent) restore() error {
 	}
 	if len(m.Pods) > 0 || aside != nil {
 		a.log.Info("pods restored", "state", a.keeper.path, "pods", len(a.pods), "of", len(m.Pods))
-		a.mu.Lock()
-		a.changed()
-		a.mu.Unlock()
 	}
 	return nil
 }

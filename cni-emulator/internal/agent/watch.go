@@ -60,11 +60,7 @@ func newWatcher(a *Agent, dir, match string) (*watcher, error) {
 	}
 	in, err := fsnotify.NewWatcher()
 	if err != nil {
-		advice := ""
-		if errors.Is(err, unix.EMFILE) {
-			advice = "; raise the sysctl fs.inotify.max_user_instances"
-		}
-		return nil, fmt.Errorf("watch %s: %w%s", dir, err, advice)
+		return nil, fmt.Errorf("watch %s: %w%s", dir, err, inotifyAdvice(err))
 	}
 	w := &watcher{
 		a: a, dir: dir, match: match,
@@ -140,7 +136,7 @@ func (w *watcher) arm() error {
 			return w.scan()
 		}
 		if !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("watch %s: %w", w.dir, err)
+			return fmt.Errorf("watch %s: %w%s", w.dir, err, inotifyAdvice(err))
 		}
 		above := w.dir
 		for above != "/" {
@@ -162,6 +158,17 @@ func (w *watcher) arm() error {
 		w.a.log.Info("the directory to watch is not there yet", "dir", w.dir, "watching", above)
 		// Once more: it may have come in between.
 	}
+}
+
+// inotifyAdvice says what inotify(7) means.
+func inotifyAdvice(err error) string {
+	switch {
+	case errors.Is(err, unix.EMFILE):
+		return "; raise the sysctl fs.inotify.max_user_instances"
+	case errors.Is(err, unix.ENOSPC):
+		return "; raise the sysctl fs.inotify.max_user_watches"
+	}
+	return ""
 }
 
 // scan compares what there is with what is known.

@@ -104,6 +104,26 @@ func TestGarbage(t *testing.T) {
 	})
 }
 
+// Two answers to one message: the second is never taken for the next one's.
+func TestTwoAnswers(t *testing.T) {
+	n := start(t)
+	z := n.ztunnel()
+	a, b := netnstest.New(t), netnstest.New(t)
+	n.addNow(named("a"), a)
+	z.nextAdd("a", a)
+	n.addNow(named("b"), b)
+	// The lock keeps the agent from going on before both are there.
+	n.a.mu.Lock()
+	z.ack()
+	z.ack()
+	n.a.mu.Unlock()
+	z.gone()
+	n.await(ErrUnasked.Error())
+	if pods := n.list(); len(pods["b"].Ztunnels) != 0 || !strings.Contains(pods["b"].LastError, ErrUnasked.Error()) {
+		t.Errorf("list: %+v", pods["b"])
+	}
+}
+
 // An unknown version is named, not refused, as in the real agent.
 func TestHelloVersion(t *testing.T) {
 	n := start(t)
