@@ -12,8 +12,9 @@ import (
 // wraps it says what it is instead.
 var ErrNotNetNS = errors.New("not a network namespace")
 
-// judge tells which network namespace fd is. fd stays the caller's.
-func judge(fd int) (ID, error) {
+// Judge tells which network namespace fd is, or with ErrNotNetNS that it is none.
+// fd stays the caller's.
+func Judge(fd int) (ID, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return ID{}, os.NewSyscallError("fstat", err)

@@ -55,7 +55,7 @@ func Open(path string) (*NS, error) {
 // FromFD judges a descriptor that came from anywhere, and takes it over: the
 // result owns it, and on error it has been closed.
 func FromFD(fd int) (*NS, error) {
-	id, err := judge(fd)
+	id, err := Judge(fd)
 	if err != nil {
 		unix.Close(fd)
 		return nil, err

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"ambient-emulator/internal/fdpass"
+	"ambient-emulator/internal/netns"
 )
 
 // Conn is one end of a ZDS connection. Its methods do not serialise: there is
@@ -137,9 +138,10 @@ func (p Packet) String() string {
 	}
 	s.WriteString(Describe(p.Message))
 	if p.FD != fdpass.NoFD {
-		var st unix.Stat_t
-		if unix.Fstat(p.FD, &st) == nil {
-			fmt.Fprintf(&s, " fd %d = ino %d", p.FD, st.Ino)
+		if id, err := netns.Judge(p.FD); err == nil {
+			fmt.Fprintf(&s, " fd %d = %v", p.FD, id)
+		} else {
+			fmt.Fprintf(&s, " fd %d (%v)", p.FD, err)
 		}
 	}
 	fmt.Fprintf(&s, " [% x] +%d µs", p.Bytes, p.After.Microseconds())

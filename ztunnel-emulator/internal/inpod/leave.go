@@ -20,6 +20,9 @@ const settle = 100 * time.Millisecond
 // queue. So a leaver first takes itself out of the choice, then accepts until
 // its queue stays empty, and only then closes.
 func (e *engine) drain(pods []*pod, deadline time.Duration) {
+	if len(pods) == 0 {
+		return
+	}
 	end := time.Now().Add(deadline)
 	var wg sync.WaitGroup
 	// A few at once: most of a departure is waiting.
