@@ -27,8 +27,10 @@ const MaxPacket = 1024
 
 // What can be wrong with a packet that decodes. The words are ztunnel's.
 var (
-	ErrNoPayload      = errors.New("no payload")
-	ErrNoDescriptor   = errors.New("No control message")
+	ErrNoPayload = errors.New("no payload")
+	//lint:ignore ST1005 ztunnel writes it so
+	ErrNoDescriptor = errors.New("No control message")
+	//lint:ignore ST1005 ztunnel writes it so
 	ErrWithDescriptor = errors.New("Unexpected control message")
 	ErrTooLong        = fmt.Errorf("the message is longer than the %d bytes that the peer can read", MaxPacket)
 )
