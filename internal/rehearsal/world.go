@@ -24,7 +24,8 @@ type world struct {
 	cni, ztunnel string
 	log          io.Writer
 	pods         []*netns.NS
-	names        []string // of all namespaces made
+	names        []string    // of all namespaces made
+	opened       []*netns.NS // all that are open, to be closed
 	running      []*process
 }
 
@@ -76,7 +77,15 @@ func (w *world) namespace(ctx context.Context, name string) (*netns.NS, error) {
 			return nil, fmt.Errorf("ip %v: %w: %s", args, err, out)
 		}
 	}
-	return netns.Open("/var/run/netns/" + name)
+	return w.open(name)
+}
+
+func (w *world) open(name string) (*netns.NS, error) {
+	ns, err := netns.Open("/var/run/netns/" + name)
+	if err == nil {
+		w.opened = append(w.opened, ns)
+	}
+	return ns, err
 }
 
 // addPods tells the agent of all pods, with its verb.
@@ -106,14 +115,13 @@ type ztunnel struct {
 }
 
 func (w *world) startZtunnel(ctx context.Context, node string) (*ztunnel, error) {
-	ns, err := netns.Open("/var/run/netns/" + node)
+	ns, err := w.open(node)
 	if err != nil {
 		return nil, err
 	}
 	started := time.Now()
 	p, err := w.start(ctx, "ip", "netns", "exec", node, w.ztunnel, "--inpod-uds", w.zds())
 	if err != nil {
-		ns.Close()
 		return nil, err
 	}
 	return &ztunnel{process: p, node: ns, started: started}, nil
@@ -150,7 +158,7 @@ func (w *world) close() {
 	for _, p := range w.running {
 		p.end(unix.SIGKILL)
 	}
-	for _, ns := range w.pods {
+	for _, ns := range w.opened {
 		ns.Close()
 	}
 	for _, name := range w.names {

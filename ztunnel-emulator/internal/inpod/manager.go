@@ -143,6 +143,9 @@ func (m *Manager) serve(ctx context.Context, conn *zds.Conn) (heard bool, err er
 		case zds.Gone(err):
 			return heard, err
 		case err != nil:
+			// The agent has said something, and is dialled again at once; but not
+			// if we are the one who can't receive.
+			heard = heard || !errors.Is(err, fdpass.ErrTableFull)
 			return heard, errors.Join(err, m.respond(conn, nackRead+err.Error()))
 		}
 		heard = true
