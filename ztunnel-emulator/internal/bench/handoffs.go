@@ -16,15 +16,29 @@ import (
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
 )
 
-// handoffs is what handing over costs inside one process, over a real socket.
+// handoffs is what handing over costs inside one process, over real sockets.
 type handoffs struct {
-	floor    trial // (a) bare system calls
-	receiver trial // (b) from the descriptor received to the reply written
-	whole    trial // (c) from the sender's write to the sender's reply
+	floor trial // (a) bare system calls
+	seed  costs // (b) and (c), on the seed's wire
+	zds   costs // (e) and (f), on the real one
 }
 
-// measureHandoffs hands over every pod in every round, to a fresh receiver each
-// round, and between them has the floor visit as many namespaces of its own.
+// costs is what one way to hand over costs.
+type costs struct {
+	alone trial // ztunnel's side, from the descriptor received to the answer written
+	whole trial // the other side, from its write to the answer
+}
+
+// way is a way to hand over: a receiver, and how to give it the namespace at
+// path.
+type way interface {
+	handOver(path string) (whole, alone time.Duration, err error)
+	stop() error
+}
+
+// measureHandoffs hands over every pod in every round, in either way, to fresh
+// receivers each round, and between them has the floor visit as many namespaces
+// of its own.
 func measureHandoffs(ctx context.Context, w *world, rounds, turns int) (handoffs, error) {
 	var h handoffs
 	for range rounds {
@@ -37,44 +51,67 @@ func measureHandoffs(ctx context.Context, w *world, rounds, turns int) (handoffs
 }
 
 func (h *handoffs) round(ctx context.Context, w *world, turns int) error {
-	r, err := startInside(w.socket())
+	seed, err := startSeed(w.socket())
 	if err != nil {
 		return err
 	}
+	zds, err := startZDS(w.zdsSocket())
+	if err != nil {
+		return errors.Join(err, seed.stop())
+	}
 	f := newFloor()
-	var floorTimes, receiverTimes, wholeTimes samples
-	for i := 0; i < len(w.pods) && err == nil; i += turns {
+	racers := []*racer{{way: seed, paths: w.pods, costs: &h.seed}, {way: zds, paths: w.zds, costs: &h.zds}}
+	var floorTimes samples
+	for i := 0; i < len(w.floor) && err == nil; i += turns {
 		if err = ctx.Err(); err != nil {
 			break
 		}
-		end := min(i+turns, len(w.pods))
+		end := min(i+turns, len(w.floor))
 		var took samples
 		if took, err = f.visit(w.floor[i:end]); err != nil {
 			break
 		}
 		floorTimes = append(floorTimes, took...)
-		for _, path := range w.pods[i:end] {
-			var whole, alone time.Duration
-			if whole, alone, err = r.handOver(path); err != nil {
-				break
-			}
-			wholeTimes = append(wholeTimes, whole)
-			receiverTimes = append(receiverTimes, alone)
+		for _, r := range racers {
+			err = errors.Join(err, r.run(i, end))
 		}
 	}
 	f.close()
-	if err := errors.Join(err, r.stop()); err != nil {
+	if err := errors.Join(err, seed.stop(), zds.stop()); err != nil {
 		return err
 	}
 	h.floor.add(floorTimes)
-	h.receiver.add(receiverTimes)
-	h.whole.add(wholeTimes)
+	for _, r := range racers {
+		r.costs.alone.add(r.alone)
+		r.costs.whole.add(r.whole)
+	}
 	return nil
 }
 
-// inside is a receiver in this process, as ztunnel-emulator's command line
-// makes one.
-type inside struct {
+// racer is one way in one round.
+type racer struct {
+	way
+	paths        []string
+	costs        *costs
+	alone, whole samples
+}
+
+// run hands over the paths from begin to end.
+func (r *racer) run(begin, end int) error {
+	for _, path := range r.paths[begin:end] {
+		whole, alone, err := r.handOver(path)
+		if err != nil {
+			return err
+		}
+		r.whole = append(r.whole, whole)
+		r.alone = append(r.alone, alone)
+	}
+	return nil
+}
+
+// seedInside is a receiver on the seed's wire in this process, as
+// ztunnel-emulator's command line makes one.
+type seedInside struct {
 	pods     *inpod.Pods
 	listener *uds.Listener
 	cancel   context.CancelFunc
@@ -83,7 +120,7 @@ type inside struct {
 	null     *os.File
 }
 
-func startInside(socket string) (*inside, error) {
+func startSeed(socket string) (way, error) {
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
 	pods, err := inpod.NewPods(log)
 	if err != nil {
@@ -97,7 +134,7 @@ func startInside(socket string) (*inside, error) {
 	if err != nil {
 		return nil, errors.Join(err, l.Close(), pods.Close())
 	}
-	r := &inside{pods: pods, listener: l, served: make(chan error, 1), reports: make(chan inpod.Handoff, 1), null: null}
+	r := &seedInside{pods: pods, listener: l, served: make(chan error, 1), reports: make(chan inpod.Handoff, 1), null: null}
 	server := &inpod.Server{
 		Pods:   pods,
 		Log:    log,
@@ -110,14 +147,14 @@ func startInside(socket string) (*inside, error) {
 	return r, nil
 }
 
-func (r *inside) stop() error {
+func (r *seedInside) stop() error {
 	r.cancel()
 	return errors.Join(<-r.served, r.listener.Close(), r.pods.Close(), r.null.Close())
 }
 
 // handOver hands over the namespace at path, and returns what the sender and
 // what the receiver measured.
-func (r *inside) handOver(path string) (whole, alone time.Duration, err error) {
+func (r *seedInside) handOver(path string) (whole, alone time.Duration, err error) {
 	whole, err = send(r.listener.Path(), path)
 	if err != nil {
 		return 0, 0, err

@@ -37,20 +37,16 @@ func measureLoad(ctx context.Context, o options, w *world, senders int) (load, e
 	return l, nil
 }
 
-func oneLoad(r *receiver, w *world, senders int) (loadRound, error) {
-	time.Sleep(settleTime)
-	files, err1 := r.files()
-	bytes, err2 := r.resident()
-	took, err3 := sendAll(w, senders)
-	time.Sleep(settleTime)
-	filesAfter, err4 := r.files()
-	bytesAfter, err5 := r.resident()
+func oneLoad(r *process, w *world, senders int) (loadRound, error) {
+	before, err1 := r.look()
+	took, err2 := sendAll(w, senders)
+	after, err3 := r.look()
 	n := float64(len(w.pods))
 	return loadRound{
 		perSecond:  n / took.Seconds(),
-		bytesAPod:  float64(bytesAfter-bytes) / n,
-		filesInAll: filesAfter - files,
-	}, errors.Join(err1, err2, err3, err4, err5)
+		bytesAPod:  float64(after.resident-before.resident) / n,
+		filesInAll: after.files - before.files,
+	}, errors.Join(err1, err2, err3)
 }
 
 // sendAll hands over every pod, by so many senders, and returns how long it took.

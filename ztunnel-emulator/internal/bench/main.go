@@ -1,5 +1,5 @@
-// Command bench measures a handoff against its floor, the bare system calls,
-// and prints a table; scripts/bench/run builds what it needs and runs it in a
+// Command bench measures a handoff, on the seed's wire and on ZDS, against its
+// floor, the bare system calls, and prints a table; scripts/bench/run builds what it needs and runs it in a
 // private world. Floor and measured rounds take turns in the same run, so that
 // a noisy machine disturbs both alike.
 //
@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,8 +31,10 @@ type options struct {
 
 	pods    int // namespaces to hand over in a round
 	rounds  int // of that in this process
-	loads   int // to a ztunnel-emulator, for each number of senders
+	loads   int // to a ztunnel-emulator, for each number of senders and in a snapshot
 	inTurns int // handoffs, then visits of the floor, before they take turns
+
+	idle time.Duration // to watch the two programs do nothing
 }
 
 func main() {
@@ -43,8 +46,9 @@ func main() {
 	flag.StringVar(&o.results, "results", "", "write the table to this `file` too")
 	flag.IntVar(&o.pods, "pods", 1000, "how many namespaces to hand over in a round")
 	flag.IntVar(&o.rounds, "rounds", 5, "how many rounds of all pods in this process")
-	flag.IntVar(&o.loads, "loads", 5, "how many rounds of all pods to a ztunnel-emulator, for each number of senders")
-	flag.IntVar(&o.inTurns, "turns", 10, "how many of a kind are measured before the other kind has its turn")
+	flag.IntVar(&o.loads, "loads", 5, "how many rounds of all pods to a ztunnel-emulator, for each number of senders and in a snapshot")
+	flag.IntVar(&o.inTurns, "turns", 10, "how many of a kind are measured before the next kind has its turn")
+	flag.DurationVar(&o.idle, "idle", 5*time.Second, "how long to watch the two programs do nothing")
 	flag.Parse()
 
 	// An interrupted run must not leave a ztunnel-emulator behind.
@@ -69,13 +73,13 @@ func run(ctx context.Context, o options) error {
 	}
 	note := func(what string) { fmt.Fprintf(os.Stderr, "bench: %s\n", what) }
 
-	note(fmt.Sprintf("make %d namespaces", 2*o.pods))
+	note(fmt.Sprintf("make %d namespaces", 3*o.pods))
 	w, err := makeWorld(o.dir, o.pods)
 	if err != nil {
 		return err
 	}
 	var r results
-	note(fmt.Sprintf("hand them over in this process, %d rounds", o.rounds))
+	note(fmt.Sprintf("hand them over in this process, %s", plural(o.rounds, "round")))
 	if r.handoffs, err = measureHandoffs(ctx, w, o.rounds, o.inTurns); err != nil {
 		return err
 	}
@@ -84,12 +88,16 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	for _, senders := range []int{1, 8, 64} {
-		note(fmt.Sprintf("hand them over with %d senders at once, %d rounds", senders, o.loads))
+		note(fmt.Sprintf("hand them over with %s at once, %s", plural(senders, "sender"), plural(o.loads, "round")))
 		l, err := measureLoad(ctx, o, w, senders)
 		if err != nil {
 			return err
 		}
 		r.loads = append(r.loads, l)
+	}
+	note(fmt.Sprintf("tell a fresh ztunnel of all of them, %s", plural(o.loads, "round")))
+	if r.snapshots, err = measureSnapshots(ctx, o, w); err != nil {
+		return err
 	}
 
 	table := r.table(o)
@@ -101,13 +109,13 @@ func run(ctx context.Context, o options) error {
 }
 
 // enoughFiles checks the limit of open files for pods of this process (four
-// each), the floor's (three) and, in the receiver's process, both halves' pods.
+// each, in two ways), and the floor's (three). Other processes need fewer.
 func enoughFiles(pods int) error {
 	var lim unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
 		return os.NewSyscallError("getrlimit", err)
 	}
-	if need := uint64(8*pods + 100); lim.Cur < need {
+	if need := uint64(11*pods + 100); lim.Cur < need {
 		return fmt.Errorf("%d open files are needed and %d allowed: raise the limit (ulimit -n) or use --quick", need, lim.Cur)
 	}
 	return nil

@@ -1,15 +1,11 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
-	"os"
-	"runtime"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
-
-	"golang.org/x/sys/unix"
 )
 
 // results is everything measured.
@@ -17,6 +13,7 @@ type results struct {
 	handoffs  handoffs
 	processes processes
 	loads     []load
+	snapshots snapshots
 }
 
 // The aims. Times are multiples of the floor's median.
@@ -27,39 +24,49 @@ const (
 	aimProcess   = 1.5
 	aimBytes     = 12 << 10 // resident, a pod
 	filesForAPod = 4        // three listeners and the namespace
+
+	aimSnapshot   = 500 * time.Millisecond
+	agentsForAPod = 1 // the namespace
 )
 
 // table renders the results in Markdown.
 func (r *results) table(o options) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%d namespaces; %d rounds for (a) to (c), one for (d), %d for the rest. Floor and measured take turns, %d and %d\n", o.pods, o.rounds, o.loads, o.inTurns, o.inTurns)
-	b.WriteString("for (a) to (c), one and one for (d). A ratio is of medians; in brackets are the least and the most of one round.\n\n")
+	fmt.Fprintf(&b, "%d pods; %s for (a) to (c), (e) and (f), one for (d), %d for the rest. Floor and measured take turns, %d of each\n", o.pods, plural(o.rounds, "round"), o.loads, o.inTurns)
+	b.WriteString("for (a) to (c), (e) and (f), one of each for (d). A ratio is of medians; in brackets are the least and the most of one round.\n\n")
 
 	h, p := &r.handoffs, &r.processes
+	sideAim := fmt.Sprintf("≤ %g, reach for %g", aimReceiver, reachFor)
 	rows := [][]string{
 		{"", "time", "p50", "p99", "max", "ratio", "aim", ""},
 		timeRow("(a)", "the floor: `setns`, 3 × `socket`/`bind`/`listen`, `setns` back", &h.floor, nil, 0, ""),
-		timeRow("(b)", "the receiver alone: descriptor received to reply written", &h.receiver, &h.floor, aimReceiver, fmt.Sprintf("≤ %g, reach for %g", aimReceiver, reachFor)),
-		timeRow("(c)", "end to end: the sender's write to its reply", &h.whole, &h.floor, aimWhole, fmt.Sprintf("≤ %g", aimWhole)),
+		timeRow("(b)", "the receiver alone: descriptor received to reply written", &h.seed.alone, &h.floor, aimReceiver, sideAim),
+		timeRow("(c)", "end to end: the sender's write to its reply", &h.seed.whole, &h.floor, aimWhole, fmt.Sprintf("≤ %g", aimWhole)),
 		timeRow("(d)", "a process that only dials, sends and reads the reply", &p.floor, nil, 0, ""),
 		timeRow("", "the process `cni-emulator`, fork to exit", &p.cni, &p.floor, aimProcess, fmt.Sprintf("≤ %g", aimProcess)),
+		timeRow("(e)", "ZDS, ztunnel's side: `add` received to ack sent", &h.zds.alone, &h.floor, aimReceiver, sideAim),
+		timeRow("(f)", "ZDS, the agent's side: `add` sent to ack received", &h.zds.whole, &h.floor, 0, ""),
 	}
-	if all, _, _ := h.receiver.ratio(&h.floor); all <= reachFor {
-		rows[2][7] += fmt.Sprintf(", %g too", reachFor)
+	for row, t := range map[int]*trial{2: &h.seed.alone, 6: &h.zds.alone} {
+		if all, _, _ := t.ratio(&h.floor); all <= reachFor {
+			rows[row][7] += fmt.Sprintf(", %g too", reachFor)
+		}
 	}
 	b.WriteString(markdown(rows))
 	b.WriteString("\n")
 
 	rows = [][]string{{"the process `ztunnel-emulator`", "value", "aim", ""}}
-	rows = append(rows, filesRow(r.loads, o.pods))
+	rows = append(rows, filesRow("descriptors a pod", allFiles(r.loads), o.pods, filesForAPod))
 	for _, l := range r.loads {
 		rows = append(rows, memoryRow(l))
 	}
 	for _, l := range r.loads {
-		each := column(l, func(lr loadRound) float64 { return lr.perSecond })
-		rows = append(rows, []string{"pods a second, " + plural(l.senders), spread("%.0f", each), "", ""})
+		each := column(l.rounds, func(lr loadRound) float64 { return lr.perSecond })
+		rows = append(rows, []string{"pods a second, " + plural(l.senders, "sender"), spread("%.0f", each), "", ""})
 	}
 	b.WriteString(markdown(rows))
+	b.WriteString("\n")
+	b.WriteString(markdown(r.snapshots.rows(o.pods)))
 	return b.String()
 }
 
@@ -71,34 +78,44 @@ func timeRow(name, what string, t, floor *trial, aim float64, aimText string) []
 		if len(t.rounds) > 1 {
 			row[5] += fmt.Sprintf(" (%.2f to %.2f)", least, most)
 		}
-		row[7] = verdict(all <= aim)
+		if aimText != "" {
+			row[7] = verdict(all <= aim)
+		}
 	}
 	return row
 }
 
 func memoryRow(l load) []string {
-	each := column(l, func(lr loadRound) float64 { return lr.bytesAPod / 1024 })
+	each := column(l.rounds, func(lr loadRound) float64 { return lr.bytesAPod / 1024 })
 	return []string{
-		"resident memory a pod, " + plural(l.senders), spread("%.1f", each) + " KiB",
+		"resident memory a pod, " + plural(l.senders, "sender"), spread("%.1f", each) + " KiB",
 		fmt.Sprintf("< %d KiB", aimBytes>>10), verdict(quantile(each, 0.5)*1024 < aimBytes),
 	}
 }
 
-// filesRow is about all loads: in none may a single descriptor be too many.
-func filesRow(loads []load, pods int) []string {
-	met, files := true, 0
+// allFiles are the descriptors of all loads.
+func allFiles(loads []load) []int {
+	var files []int
 	for _, l := range loads {
 		for _, round := range l.rounds {
-			files = max(files, round.filesInAll)
-			met = met && round.filesInAll == filesForAPod*pods
+			files = append(files, round.filesInAll)
 		}
 	}
-	return []string{"descriptors a pod", fmt.Sprintf("%g", float64(files)/float64(pods)), fmt.Sprintf("exactly %d", filesForAPod), verdict(met)}
+	return files
 }
 
-func column(l load, of func(loadRound) float64) []float64 {
+// filesRow is about all rounds: in none may a single descriptor be too many.
+func filesRow(what string, each []int, pods, aim int) []string {
+	met := true
+	for _, files := range each {
+		met = met && files == aim*pods
+	}
+	return []string{what, fmt.Sprintf("%g", float64(slices.Max(each))/float64(pods)), fmt.Sprintf("exactly %d", aim), verdict(met)}
+}
+
+func column[T any](rounds []T, of func(T) float64) []float64 {
 	var values []float64
-	for _, round := range l.rounds {
+	for _, round := range rounds {
 		values = append(values, of(round))
 	}
 	return values
@@ -112,11 +129,11 @@ func spread(format string, values []float64) string {
 	return s
 }
 
-func plural(senders int) string {
-	if senders == 1 {
-		return "1 sender"
+func plural(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
 	}
-	return fmt.Sprintf("%d senders", senders)
+	return fmt.Sprintf("%d %ss", n, what)
 }
 
 func verdict(met bool) string {
@@ -156,34 +173,4 @@ func markdown(rows [][]string) string {
 		}
 	}
 	return b.String()
-}
-
-// resultsFile is RESULTS.md: the table and the machine that made it.
-func resultsFile(table string) string {
-	return "# What a handoff costs\n\n" +
-		"Written by `scripts/bench/run`.\n\n" + machine() + "\n" + table
-}
-
-// machine describes where this runs, without saying which one it is.
-func machine() string {
-	var uts unix.Utsname
-	kernel := "unknown"
-	if unix.Uname(&uts) == nil {
-		kernel = unix.ByteSliceToString(uts.Release[:])
-	}
-	var info unix.Sysinfo_t
-	unix.Sysinfo(&info)
-	memory := float64(info.Totalram) * float64(info.Unit) / (1 << 30)
-	return fmt.Sprintf("%s: Linux %s, %s, %d cores, %.0f GiB of memory, %s.\n",
-		time.Now().UTC().Format(time.DateOnly), kernel, cpuModel(), runtime.NumCPU(), memory, runtime.Version())
-}
-
-func cpuModel() string {
-	b, _ := os.ReadFile("/proc/cpuinfo")
-	for line := range bytes.Lines(b) {
-		if key, value, ok := strings.Cut(string(line), ":"); ok && strings.TrimSpace(key) == "model name" {
-			return strings.TrimSpace(value)
-		}
-	}
-	return "a CPU without a name (" + runtime.GOARCH + ")"
 }

@@ -9,32 +9,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// world is the namespaces to measure in, two sets of the same size: what is
-// measured and its floor never share one, so neither warms it for the other.
+// world is the namespaces to measure in, sets of the same size: what is measured
+// and its floor never share one, so neither warms it for the other.
 type world struct {
-	dir         string
-	pods, floor []string // paths, as `ip netns` makes them
+	dir              string
+	pods, floor, zds []string // paths, as `ip netns` makes them
 }
 
-func (w *world) socket() string { return filepath.Join(w.dir, "zt.sock") }
+func (w *world) socket() string    { return filepath.Join(w.dir, "zt.sock") }
+func (w *world) zdsSocket() string { return filepath.Join(w.dir, "zds.sock") }
+func (w *world) podsDir() string   { return filepath.Join(w.dir, "pods") }
 
-// makeWorld makes 2n namespaces under dir, with lo up. They live as long as the
+// makeWorld makes 3n namespaces under dir, with lo up. They live as long as the
 // mount namespace that this process was started in.
 func makeWorld(dir string, n int) (*world, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
 	w := &world{dir: dir}
-	for i := range n {
-		w.pods = append(w.pods, filepath.Join(dir, fmt.Sprintf("pod%d", i)))
-		w.floor = append(w.floor, filepath.Join(dir, fmt.Sprintf("floor%d", i)))
+	sets := map[string]*[]string{w.podsDir(): &w.pods, filepath.Join(dir, "floor"): &w.floor, filepath.Join(dir, "zds"): &w.zds}
+	for folder, paths := range sets {
+		if err := os.MkdirAll(folder, 0o700); err != nil {
+			return nil, err
+		}
+		for i := range n {
+			*paths = append(*paths, filepath.Join(folder, fmt.Sprintf("pod%d", i)))
+		}
 	}
 	done := make(chan error, 1)
 	go func() {
 		// The lock is kept: the thread dies with the goroutine.
 		runtime.LockOSThread()
 		for i := range n {
-			for _, path := range []string{w.pods[i], w.floor[i]} {
+			for _, path := range []string{w.pods[i], w.floor[i], w.zds[i]} {
 				if err := makeNamespace(path); err != nil {
 					done <- fmt.Errorf("make a network namespace at %s: %w", path, err)
 					return
