@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/netns/fresh"
 	"ambient-emulator/internal/netns/netnstest"
 	"ambient-emulator/internal/testmain"
 )
@@ -153,7 +154,7 @@ func TestDoReturnsTheFunctionsError(t *testing.T) {
 }
 
 func TestDoOfAClosedNamespace(t *testing.T) {
-	ns, err := netnstest.Make()
+	ns, err := fresh.Make()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -89,25 +89,36 @@ func (r report) String() string {
 	return s
 }
 
+// begin brings ztunnel A up with all pods, and clients that have been served in
+// each. The caller stops the clients.
+func begin(ctx context.Context, w *world) (*ztunnel, *clients, error) {
+	a, err := w.startZtunnel(ctx, "node-a")
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := w.addPods(ctx); err != nil {
+		return nil, nil, err
+	}
+	if _, err := w.waitReady(ctx, a); err != nil {
+		return nil, nil, err
+	}
+	c := startClients(w.pods)
+	if err := c.waitFor(ctx, 2); err != nil {
+		c.stop()
+		return nil, nil, err
+	}
+	return a, c, nil
+}
+
 // upgrade: ztunnel A serves all pods, ztunnel B connects and gets them all, A
 // drains and leaves. Not one connection may be lost.
 func upgrade(ctx context.Context, w *world) (report, error) {
 	r := report{pods: len(w.pods)}
-	a, err := w.startZtunnel(ctx, "node-a")
+	a, c, err := begin(ctx, w)
 	if err != nil {
 		return r, err
 	}
-	if err := w.addPods(ctx); err != nil {
-		return r, err
-	}
-	if _, err := w.waitReady(ctx, a); err != nil {
-		return r, err
-	}
-	c := startClients(w.pods)
 	defer c.stop()
-	if err := c.waitFor(ctx, 2); err != nil {
-		return r, err
-	}
 
 	r.before = c.served.Load()
 	b, err := w.startZtunnel(ctx, "node-b")
@@ -139,21 +150,11 @@ func upgrade(ctx context.Context, w *world) (report, error) {
 // are served.
 func crash(ctx context.Context, w *world) (report, error) {
 	r := report{pods: len(w.pods), mayLose: true}
-	a, err := w.startZtunnel(ctx, "node-a")
+	a, c, err := begin(ctx, w)
 	if err != nil {
 		return r, err
 	}
-	if err := w.addPods(ctx); err != nil {
-		return r, err
-	}
-	if _, err := w.waitReady(ctx, a); err != nil {
-		return r, err
-	}
-	c := startClients(w.pods)
 	defer c.stop()
-	if err := c.waitFor(ctx, 2); err != nil {
-		return r, err
-	}
 	r.before = c.served.Load()
 
 	killed := time.Now()

@@ -3,13 +3,13 @@ package conformance
 import (
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/netns/fresh"
 	"ambient-emulator/internal/zds"
 )
 
@@ -37,11 +37,11 @@ func (b *bench) pod() *pod {
 	name := fmt.Sprintf("%s-%d", strings.ReplaceAll(b.id, "/", "-"), b.pods)
 	p := &pod{b: b, uid: b.prefix + "-" + name, name: name, mine: map[string]bool{}}
 	var err error
-	if p.ns, err = makeNetns(); err != nil {
+	if p.ns, err = fresh.Make(); err != nil {
 		b.notTried("make a network namespace: %v", err)
 	}
 	b.later(func() { p.ns.Close() })
-	if _, err := p.ns.Do(loUp); err != nil {
+	if _, err := p.ns.Do(fresh.LoUp); err != nil {
 		b.notTried("set lo up in %v: %v", p.ns.ID(), err)
 	}
 	return p
@@ -132,43 +132,6 @@ func occupy(port int) (int, error) {
 		return -1, os.NewSyscallError("listen", err)
 	}
 	return fd, nil
-}
-
-// makeNetns is unshare(2) on a thread that dies of it: the goroutine ends locked.
-func makeNetns() (*netns.NS, error) {
-	type result struct {
-		ns  *netns.NS
-		err error
-	}
-	done := make(chan result, 1)
-	go unshared(func(ns *netns.NS, err error) { done <- result{ns, err} })
-	r := <-done
-	return r.ns, r.err
-}
-
-func unshared(done func(*netns.NS, error)) {
-	runtime.LockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		done(nil, os.NewSyscallError("unshare", err))
-		return
-	}
-	done(netns.Open("/proc/thread-self/ns/net"))
-}
-
-// loUp is `ip link set lo up` for the calling thread's namespace: a DNS listener
-// binds loopback.
-func loUp() error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return os.NewSyscallError("socket", err)
-	}
-	defer unix.Close(fd)
-	ifr, err := unix.NewIfreq("lo")
-	if err != nil {
-		return err
-	}
-	ifr.SetUint16(unix.IFF_UP)
-	return os.NewSyscallError("ioctl SIOCSIFFLAGS", unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr))
 }
 
 func keys(m map[int]string) []int {

@@ -7,6 +7,8 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/netns/fresh"
 )
 
 // world is the namespaces to measure in, sets of the same size: what is measured
@@ -56,26 +58,11 @@ func makeNamespace(path string) error {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return os.NewSyscallError("unshare", err)
 	}
-	if err := loUp(); err != nil {
+	if err := fresh.LoUp(); err != nil {
 		return err
 	}
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		return err
 	}
 	return os.NewSyscallError("mount", unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""))
-}
-
-// loUp is `ip link set lo up` for the calling thread's namespace.
-func loUp() error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return os.NewSyscallError("socket", err)
-	}
-	defer unix.Close(fd)
-	ifr, err := unix.NewIfreq("lo")
-	if err != nil {
-		return err
-	}
-	ifr.SetUint16(unix.IFF_UP)
-	return os.NewSyscallError("ioctl SIOCSIFFLAGS", unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr))
 }

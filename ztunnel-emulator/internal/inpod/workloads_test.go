@@ -12,6 +12,7 @@ import (
 
 	"ambient-emulator/internal/fdpass"
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/netns/fresh"
 	"ambient-emulator/internal/netns/netnstest"
 	"ambient-emulator/internal/zds"
 )
@@ -286,7 +287,7 @@ func TestAddOfNoNamespace(t *testing.T) {
 func TestDeletedNamespaceIsFreed(t *testing.T) {
 	m := newMachine(t)
 	m.must(m.snap())
-	ns, err := netnstest.Make()
+	ns, err := fresh.Make()
 	if err != nil {
 		t.Fatal(err)
 	}
