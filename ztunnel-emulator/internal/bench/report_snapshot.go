@@ -21,18 +21,20 @@ func (s *snapshots) rows(pods int) [][]string {
 	agent := func(r snapshotRound) usage { return r.agentAdded }
 	ztunnel := func(r snapshotRound) usage { return r.ztunnelAdded }
 
+	aim := fmt.Sprintf("< %d ms", aimSnapshot.Milliseconds())
 	both := milliseconds(func(r snapshotRound) float64 { return r.both.Seconds() })
 	memory := kibibytes(ztunnel)
 	return [][]string{
 		{fmt.Sprintf("a snapshot of %d pods", pods), "value", "aim", ""},
 		{
 			"`cni-emulator serve` and a fresh `ztunnel-emulator`, connected to ready", spread("%.0f", both) + " ms",
-			fmt.Sprintf("< %d ms", aimSnapshot.Milliseconds()), verdict(quantile(both, 0.5) < aimSnapshot.Seconds()*1e3),
+			aim, verdict(quantile(both, 0.5) < aimSnapshot.Seconds()*1e3),
 		},
 		{"pods a second", spread("%.0f", values(func(r snapshotRound) float64 { return float64(pods) / r.both.Seconds() })), "", ""},
-		{"the same from ztunnel's fork on", spread("%.0f", milliseconds(func(r snapshotRound) float64 { return r.start.Seconds() })) + " ms", "", ""},
+		{"from ztunnel's fork to ready", spread("%.0f", milliseconds(func(r snapshotRound) float64 { return r.start.Seconds() })) + " ms", "", ""},
 		{"the agent alone: ztunnel only acks", spread("%.0f", milliseconds(func(r snapshotRound) float64 { return r.agent.Seconds() })) + " ms", "", ""},
 		{"ztunnel alone: the agent only sends", spread("%.0f", milliseconds(func(r snapshotRound) float64 { return r.ztunnel.Seconds() })) + " ms", "", ""},
+		{"both, `lo` down in every pod, as `ip netns add` leaves it", fmt.Sprintf("%d ms", s.down.both.Milliseconds()), aim, verdict(s.down.both < aimSnapshot)},
 		filesRow("descriptors a pod, ztunnel", files(ztunnel), pods, filesForAPod),
 		filesRow("descriptors a pod, agent", files(agent), pods, agentsForAPod),
 		{"resident memory a pod, ztunnel", spread("%.1f", memory) + " KiB", fmt.Sprintf("< %d KiB", aimBytes>>10), verdict(quantile(memory, 0.5)*1024 < aimBytes)},

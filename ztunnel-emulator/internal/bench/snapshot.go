@@ -25,6 +25,7 @@ import (
 // that has all the pods.
 type snapshots struct {
 	rounds []snapshotRound
+	down   snapshotRound // one more, as `ip netns add` alone makes pods: with lo down
 	idle   idleness
 }
 
@@ -52,14 +53,19 @@ func measureSnapshots(ctx context.Context, o options, w *world) (snapshots, erro
 		err := round.ztunnelAlone(ctx, o, w)
 		if err == nil {
 			last := i == o.loads-1
-			err = s.meeting(ctx, o, w, &round, last)
+			err = s.meeting(ctx, o, w, w.podsDir(), &round, last)
 		}
 		if err != nil {
 			return s, err
 		}
 		s.rounds = append(s.rounds, round)
 	}
-	return s, nil
+	// Where ztunnel looks for the name of a pod to warn of.
+	const named = "/run/netns"
+	if _, err := makePods(named, o.pods, false); err != nil {
+		return s, err
+	}
+	return s, s.meeting(ctx, o, w, named, &s.down, false)
 }
 
 // ztunnelAlone plays the agent for a ztunnel-emulator.
@@ -130,8 +136,9 @@ func ask(conn *zds.Conn, req *zds.WorkloadRequest, fd int) error {
 	return err
 }
 
-// meeting gives a fresh agent all pods, and then a fresh ztunnel connects to it.
-func (s *snapshots) meeting(ctx context.Context, o options, w *world, r *snapshotRound, last bool) (err error) {
+// meeting gives a fresh agent all pods of a folder, and then a fresh ztunnel
+// connects to it.
+func (s *snapshots) meeting(ctx context.Context, o options, w *world, pods string, r *snapshotRound, last bool) (err error) {
 	// The pods come at once when the watched folder does.
 	watched := filepath.Join(w.dir, "watched")
 	a, err := startProcess(ctx, w, o.cni, "serve", "--zds-uds", w.zdsSocket(), "--control-uds", filepath.Join(w.dir, "control.sock"), "--watch", watched)
@@ -146,7 +153,7 @@ func (s *snapshots) meeting(ctx context.Context, o options, w *world, r *snapsho
 	if err != nil {
 		return err
 	}
-	if err := os.Symlink(w.podsDir(), watched); err != nil {
+	if err := os.Symlink(pods, watched); err != nil {
 		return err
 	}
 	if err := awaitPods(ctx, o, w); err != nil {

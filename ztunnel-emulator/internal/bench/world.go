@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,40 +27,47 @@ func (w *world) podsDir() string   { return filepath.Join(w.dir, "pods") }
 // mount namespace that this process was started in.
 func makeWorld(dir string, n int) (*world, error) {
 	w := &world{dir: dir}
-	sets := map[string]*[]string{w.podsDir(): &w.pods, filepath.Join(dir, "floor"): &w.floor, filepath.Join(dir, "zds"): &w.zds}
-	for folder, paths := range sets {
-		if err := os.MkdirAll(folder, 0o700); err != nil {
-			return nil, err
-		}
-		for i := range n {
-			*paths = append(*paths, filepath.Join(folder, fmt.Sprintf("pod%d", i)))
-		}
+	var err1, err2, err3 error
+	w.pods, err1 = makePods(w.podsDir(), n, true)
+	w.floor, err2 = makePods(filepath.Join(dir, "floor"), n, true)
+	w.zds, err3 = makePods(filepath.Join(dir, "zds"), n, true)
+	return w, errors.Join(err1, err2, err3)
+}
+
+// makePods makes n namespaces in a folder and returns their paths.
+func makePods(folder string, n int, loUp bool) ([]string, error) {
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return nil, err
+	}
+	paths := make([]string, n)
+	for i := range paths {
+		paths[i] = filepath.Join(folder, fmt.Sprintf("pod%d", i))
 	}
 	done := make(chan error, 1)
 	go func() {
 		// The lock is kept: the thread dies with the goroutine.
 		runtime.LockOSThread()
-		for i := range n {
-			for _, path := range []string{w.pods[i], w.floor[i], w.zds[i]} {
-				if err := makeNamespace(path); err != nil {
-					done <- fmt.Errorf("make a network namespace at %s: %w", path, err)
-					return
-				}
+		for _, path := range paths {
+			if err := makeNamespace(path, loUp); err != nil {
+				done <- fmt.Errorf("make a network namespace at %s: %w", path, err)
+				return
 			}
 		}
 		done <- nil
 	}()
-	return w, <-done
+	return paths, <-done
 }
 
 // makeNamespace moves the calling thread into a fresh network namespace and
 // gives that a path, by a bind mount as `ip netns add` does.
-func makeNamespace(path string) error {
+func makeNamespace(path string, loUp bool) error {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return os.NewSyscallError("unshare", err)
 	}
-	if err := fresh.LoUp(); err != nil {
-		return err
+	if loUp {
+		if err := fresh.LoUp(); err != nil {
+			return err
+		}
 	}
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		return err
