@@ -48,7 +48,8 @@ func PeerOf(conn *net.UnixConn) (Peer, error) {
 }
 
 // Dial connects to path and trusts nobody but root and our own user there. The
-// error says what to try. ctx bounds the whole of it.
+// error says what to try. ctx bounds the whole of it; without a deadline a full
+// backlog is an error at once, for callers that have their own pace.
 func Dial(ctx context.Context, network, path string) (*net.UnixConn, Peer, error) {
 	if err := checkPath(path); err != nil {
 		return nil, Peer{}, err
@@ -76,6 +77,9 @@ func dial(ctx context.Context, network, path string) (*net.UnixConn, error) {
 		case err == nil:
 			return conn.(*net.UnixConn), nil
 		case errors.Is(err, unix.EAGAIN):
+			if _, patient := ctx.Deadline(); !patient {
+				return nil, err
+			}
 			full = err
 		case full != nil && timeout(err):
 			return nil, full // says more than that the time is over

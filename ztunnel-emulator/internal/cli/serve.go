@@ -30,10 +30,6 @@ func (s *serve) run(path string) error {
 	// the socket's file behind.
 	ctx, stop := untilSignal()
 	defer stop()
-	// stdout may be a pipe whose reader leaves; the pods' listeners are worth
-	// more than that. Writing then fails with EPIPE.
-	signal.Ignore(unix.SIGPIPE)
-
 	if err := netns.Probe(); err != nil {
 		return capabilityError(err)
 	}
@@ -83,6 +79,9 @@ func untilSignal() (context.Context, context.CancelFunc) {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, stop)
+	// stdout or stderr may be a pipe whose reader leaves; the pods' listeners are
+	// worth more than that. Writing then fails with EPIPE.
+	signal.Ignore(unix.SIGPIPE)
 	return ctx, stop
 }
 

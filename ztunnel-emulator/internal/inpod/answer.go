@@ -52,7 +52,7 @@ func (a *answerer) answer(owner *pod, fd int) {
 	}
 	f := os.NewFile(uintptr(fd), "connection")
 	a.mu.Lock()
-	if a.closed {
+	if a.closed || owner.stopped.Load() {
 		a.mu.Unlock()
 		f.Close()
 		<-a.slots

@@ -24,6 +24,9 @@ type engine struct {
 	home  netns.ID
 	addrs []netip.AddrPort
 	open  socketFactory
+	// nameOf finds the pod's name, for advice. To look takes long where there are
+	// many; with ZDS the pod has a name of another kind, and nobody looks.
+	nameOf func(netns.ID) string
 
 	answerer *answerer
 	acceptor *acceptor
@@ -35,6 +38,7 @@ type pod struct {
 	ns        *netns.NS
 	listeners []int
 	broken    atomic.Bool // a listener has died; the next add makes the pod anew
+	stopped   atomic.Bool // no connection of it may outlive it
 }
 
 // Added is what a start did, for the log and for a learner.
@@ -54,7 +58,7 @@ func newEngine(addrs []netip.AddrPort, open socketFactory, log *slog.Logger) (*e
 	if err != nil {
 		return nil, err
 	}
-	e := &engine{home: home.ID(), addrs: addrs, open: open, answerer: newAnswerer()}
+	e := &engine{home: home.ID(), addrs: addrs, open: open, nameOf: func(netns.ID) string { return "" }, answerer: newAnswerer()}
 	e.acceptor, err = newAcceptor(e.answerer.answer, log)
 	if err != nil {
 		return nil, err
@@ -92,7 +96,7 @@ func (e *engine) start(ns *netns.NS) (*pod, Added, error) {
 	fds, visit, err := listen(ns, e.addrs, e.open)
 	added.Visit = visit
 	if err != nil {
-		return nil, added, fmt.Errorf("%w%s", err, advice(err, ns.ID()))
+		return nil, added, fmt.Errorf("%w%s", err, e.advice(err, ns.ID()))
 	}
 	began := time.Now()
 	if up, err := loopbackUp(fds[0]); err == nil {
@@ -111,6 +115,7 @@ func (e *engine) start(ns *netns.NS) (*pod, Added, error) {
 // keeps the kernel from freeing the namespace then.
 func (e *engine) stop(p *pod) error {
 	e.acceptor.remove(p.listeners)
+	p.stopped.Store(true)
 	e.answerer.cut(p)
 	return errors.Join(closeAll(p.listeners), p.ns.Close())
 }
@@ -123,10 +128,13 @@ func (e *engine) close() error {
 }
 
 // advice says what a person may try when a pod's start has failed.
-func advice(err error, id netns.ID) string {
+func (e *engine) advice(err error, id netns.ID) string {
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
-		return "; nothing was bound: see who has it with " + inPod(id, "ss -ntlp")
+		if name := e.nameOf(id); name != "" {
+			return "; nothing was bound: see who has it with ip netns exec " + name + " ss -ntlp"
+		}
+		return "; nothing was bound: see who has it with ss -ntlp in the pod"
 	case errors.Is(err, unix.EMFILE):
 		return "; nothing was bound: raise ztunnel's limit (ulimit -n, LimitNOFILE=)"
 	case errors.Is(err, unix.EPERM):
@@ -138,20 +146,17 @@ func advice(err error, id netns.ID) string {
 // LoopDownWarning words what to do about a pod whose lo is down. It looks for the
 // pod's name, which takes long where there are many; not before the reply.
 func LoopDownWarning(id netns.ID, fd int) string {
-	const warning = "lo is down in the pod: nothing will connect until "
 	if name := nameOf(id); name != "" {
-		return warning + "ip -n " + name + " link set lo up"
+		return loopDownUntil + "ip -n " + name + " link set lo up"
 	}
-	// The pod has no name, but a descriptor of ours.
-	return fmt.Sprintf("%snsenter --net=/proc/%d/fd/%d ip link set lo up", warning, os.Getpid(), fd)
+	return loopDown(fd)
 }
 
-// inPod words a command to run in a pod.
-func inPod(id netns.ID, command string) string {
-	if name := nameOf(id); name != "" {
-		return "ip netns exec " + name + " " + command
-	}
-	return command + " in the pod"
+const loopDownUntil = "lo is down in the pod: nothing will connect until "
+
+// loopDown is the warning for a pod without a name: it has a descriptor of ours.
+func loopDown(fd int) string {
+	return fmt.Sprintf("%snsenter --net=/proc/%d/fd/%d ip link set lo up", loopDownUntil, os.Getpid(), fd)
 }
 
 // nameOf returns the name under which ip-netns(8) keeps a namespace, or "".

@@ -3,14 +3,17 @@ package inpod
 import (
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// settle is how long a leaving listener goes on accepting: the handshakes that
-// had begun on it when it left the group end within this time, or never.
-const settle = 100 * time.Millisecond
+// settle is how long a leaving listener goes on accepting what it was chosen for
+// before. A handshake that has begun on it ends there or is reset, and takes a
+// round trip; or a second more, when its SYN-ACK or ACK is lost and sent again. A
+// client that is slower than that is lost.
+const settle = 1200 * time.Millisecond
 
 // drain takes the listeners out of their pods without losing a connection to the
 // next ztunnel, and gives the connections that run until the deadline.
@@ -24,6 +27,7 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 		return
 	}
 	end := time.Now().Add(deadline)
+	var shared atomic.Bool // with another ztunnel
 	var wg sync.WaitGroup
 	// A few at once: most of a departure is waiting.
 	slots := make(chan struct{}, 8)
@@ -33,13 +37,16 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 			defer func() { <-slots }()
 			e.acceptor.remove(p.listeners)
 			for i, fd := range p.listeners {
-				stepAside(p, fd, e.addrs[i].Port(), func(conn int) { e.answerer.answer(p, conn) })
+				if stepAside(p, fd, e.addrs[i].Port(), func(conn int) { e.answerer.answer(p, conn) }) {
+					shared.Store(true)
+				}
 			}
 		})
 	}
 	wg.Wait()
-	// Meanwhile all are out of the choice; what they still get began before.
-	for until := time.Now().Add(settle); ; time.Sleep(5 * time.Millisecond) {
+	// Meanwhile all are out of the choice; what they still get began before. With
+	// nobody else there, a refusal now is as good as one later.
+	for until := time.Now().Add(settle); shared.Load(); time.Sleep(5 * time.Millisecond) {
 		for _, p := range pods {
 			for _, fd := range p.listeners {
 				acceptAll(fd, func(conn int) { e.answerer.answer(p, conn) })
@@ -57,24 +64,25 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 }
 
 // stepAside makes the kernel choose another listener of the port's group than
-// fd, if there is one. What waits in fd's queue goes to handle.
+// fd, and tells whether there is one, as far as can be known. What waits in fd's
+// queue goes to handle.
 //
 // The choice is a classic BPF program that returns the number of a member, and
 // nobody tells a member its own number. The older one has 0, as a rule, and it
 // is the one that leaves; but a connection of our own finds out.
-func stepAside(p *pod, fd int, port uint16, handle func(conn int)) {
+func stepAside(p *pod, fd int, port uint16, handle func(conn int)) bool {
 	for _, other := range []uint32{1, 0} {
 		// With a number beyond the last member the kernel goes by the hash again.
 		prog := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: other}}
 		err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: 1, Filter: &prog[0]})
 		if err != nil {
-			return // no group: the port is not shared
+			return false // no group: the port is not shared
 		}
 		if !chosen(p, fd, port, handle) {
-			return
+			return true
 		}
 	}
-	// Chosen whatever we say: we are alone.
+	return false // chosen whatever we say
 }
 
 // chosen tells whether a new connection to the port comes to fd.

@@ -26,7 +26,9 @@ func TestStepAside(t *testing.T) {
 		}
 		kept := 0
 		keep := func(conn int) { kept++; unix.Close(conn) }
-		stepAside(&pod{ns: ns}, group[tt.leaver], PortInbound, keep)
+		if others := stepAside(&pod{ns: ns}, group[tt.leaver], PortInbound, keep); others != (tt.members > 1) {
+			t.Errorf("%d members: others %v", tt.members, others)
+		}
 		for range 100 {
 			fd := clientIn(t, ns)
 			if err := unix.Connect(fd, &unix.SockaddrInet4{Port: PortInbound, Addr: [4]byte{127, 0, 0, 1}}); err != nil {

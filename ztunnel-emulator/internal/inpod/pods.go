@@ -50,6 +50,7 @@ func NewPods(log *slog.Logger) (*Pods, error) {
 	if err != nil {
 		return nil, err
 	}
+	e.nameOf = nameOf
 	return &Pods{engine: e, pods: make(map[netns.ID]*starting)}, nil
 }
 

@@ -141,12 +141,13 @@ func (w *Workloads) add(req *zds.AddWorkload, ns *netns.NS, nsErr error) error {
 		// Even if the start fails: the agent has named it.
 		w.snapshot[uid] = struct{}{}
 	}
-	if old, ok := w.running[uid]; ok && ns != nil {
-		if old.ns.ID() == ns.ID() && !old.broken.Load() {
+	if old, ok := w.running[uid]; ok {
+		if ns != nil && old.ns.ID() == ns.ID() && !old.broken.Load() {
 			w.dropPending(uid)
 			return ns.Close()
 		}
-		// The pod's sandbox was made anew, or a listener has died.
+		// The pod's sandbox was made anew, or a listener has died. What is no
+		// namespace at all is another one, too, as far as the real ztunnel can tell.
 		w.stop(uid, old, "replaced")
 	}
 	w.dropPending(uid)
@@ -177,7 +178,8 @@ func (w *Workloads) start(uid, name string, ns *netns.NS) error {
 	w.mu.Unlock()
 	w.log.Info("pod served", "uid", uid, "pod", name, "netns", ns.ID(), "duration", time.Since(began))
 	if added.LoopDown {
-		w.log.Warn(LoopDownWarning(ns.ID(), ns.FD()), "uid", uid, "netns", ns.ID())
+		// Without looking for the pod's name, which takes too long before an ack.
+		w.log.Warn(loopDown(ns.FD()), "uid", uid, "pod", name, "netns", ns.ID())
 	}
 	return nil
 }
