@@ -92,10 +92,6 @@ Exit codes:
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
-	// <uds_path> and <netns_path> are files.
-	root.ValidArgsFunction = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-		return nil, cobra.ShellCompDirectiveDefault
-	}
 	f := root.Flags()
 	f.SortFlags = false
 	f.DurationVar(&h.timeout, "timeout", defaultTimeout, "how long to wait for the answer; 0 does not wait")

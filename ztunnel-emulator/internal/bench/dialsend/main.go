@@ -1,30 +1,45 @@
-// Command dialsend is the least that a Go program can do to hand over a
-// namespace: it dials, sends one byte and the descriptor, and reads the reply,
-// with bare system calls. The benchmark holds cni-emulator against it.
+// Command dialsend is what a Go program has to do to hand over a namespace, and
+// nothing else: dial, send one byte and the descriptor, read the reply. The
+// benchmark holds cni-emulator against it.
+//
+// It uses package net, as one would. With bare system calls it takes about a
+// tenth less time, because package net needs not be started.
 package main
 
 import (
+	"errors"
+	"fmt"
+	"net"
 	"os"
 	"syscall"
 )
 
 // main hands the namespace at the second argument to the socket at the first.
 func main() {
-	ns, err := syscall.Open(os.Args[2], syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	check("open", err)
-	conn, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	check("socket", err)
-	check("connect", syscall.Connect(conn, &syscall.SockaddrUnix{Name: os.Args[1]}))
-	check("sendmsg", syscall.Sendmsg(conn, []byte{1}, syscall.UnixRights(ns), nil, 0))
-	reply := []byte{1} // an end without a reply is a failure
-	_, err = syscall.Read(conn, reply)
-	check("read", err)
-	os.Exit(int(reply[0]))
-}
-
-func check(what string, err error) {
-	if err != nil {
-		os.Stderr.WriteString("dialsend: " + what + ": " + err.Error() + "\n")
+	if err := run(os.Args[1], os.Args[2]); err != nil {
+		fmt.Fprintln(os.Stderr, "dialsend:", err)
 		os.Exit(1)
 	}
+}
+
+func run(socket, namespace string) error {
+	ns, err := os.Open(namespace)
+	if err != nil {
+		return err
+	}
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Net: "unix", Name: socket})
+	if err != nil {
+		return err
+	}
+	if _, _, err := conn.WriteMsgUnix([]byte{1}, syscall.UnixRights(int(ns.Fd())), nil); err != nil {
+		return err
+	}
+	reply := []byte{1} // an end without a reply is a failure
+	if _, err := conn.Read(reply); err != nil {
+		return err
+	}
+	if reply[0] != 0 {
+		return errors.New("refused")
+	}
+	return nil
 }
