@@ -52,7 +52,13 @@ func (c *Conn) SendRequest(req *WorkloadRequest, fd int) error { return c.send(r
 // told to the agent, and then the connection is of no more use.
 func (c *Conn) ReadRequest() (req *WorkloadRequest, fd int, err error) {
 	b, fd, err := c.recv(new(WorkloadRequest), true)
-	if err != nil {
+	switch {
+	case errors.Is(err, fdpass.ErrMany):
+		//lint:ignore ST1005 ztunnel writes it so
+		return nil, fdpass.NoFD, fmt.Errorf("Expected 1 FD, got more: %w", err)
+	case errors.Is(err, fdpass.ErrTruncated):
+		return nil, fdpass.NoFD, fmt.Errorf("received truncated message: %w", err)
+	case err != nil:
 		return nil, fdpass.NoFD, err
 	}
 	req, err = ParseRequest(b, fd != fdpass.NoFD)

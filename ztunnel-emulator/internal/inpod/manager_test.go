@@ -318,6 +318,67 @@ func TestNoTightLoop(t *testing.T) {
 	}
 }
 
+// A second failure does not put the first one's retry off; and when the agent
+// goes, it is dialled again at once.
+func TestSecondFailureDoesNotDelayTheRetry(t *testing.T) {
+	t.Parallel()
+	n := startNode(t, true)
+	a := n.accept()
+	one, two := netnstest.New(t), netnstest.New(t)
+	squatter := occupy(t, one, PortInbound)
+	occupy(t, two, PortInbound)
+	a.must(a.say(zds.Snapshot(), nil))
+	began := time.Now()
+	if a.add("u1", one) == "" {
+		t.Fatal("it started")
+	}
+	squatter.Close()
+	for time.Since(began) < 6*time.Second && !listening(one) {
+		if a.add("u2", two) == "" {
+			t.Fatal("it started")
+		}
+		time.Sleep(500 * time.Millisecond)
+	}
+	if !listening(one) {
+		t.Error("the first pod is starved by the second")
+	}
+	n.wantReady(500, notReady)
+	a.must(a.say(zds.Del("u2"), nil))
+	n.wantReady(200, "ready\n")
+}
+
+// Connections that run when ztunnel is told to end go on until the deadline, and
+// no longer.
+func TestDrainWaits(t *testing.T) {
+	m, pod := newMachine(t), netnstest.New(t)
+	m.must(m.snap(), m.add("u1", pod))
+	fd := clientIn(t, pod)
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: PortInbound, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the connection", func() bool {
+		m.engine.answerer.mu.Lock()
+		defer m.engine.answerer.mu.Unlock()
+		return len(m.engine.answerer.open) == 1
+	})
+	done := make(chan time.Duration, 1)
+	go func() {
+		began := time.Now()
+		m.engine.drain(running(m), 300*time.Millisecond)
+		done <- time.Since(began)
+	}()
+	select {
+	case took := <-done:
+		// The connection lingers for a second, so the deadline was first.
+		if took < 200*time.Millisecond {
+			t.Errorf("drained in %v with a connection open", took)
+		}
+	case <-time.After(900 * time.Millisecond):
+		t.Error("the deadline has passed, and it still drains")
+		<-done
+	}
+}
+
 // The end does not wait for a silent agent.
 func TestCancelWhileConnected(t *testing.T) {
 	n := startNode(t, true)

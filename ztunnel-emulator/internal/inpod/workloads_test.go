@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -121,6 +123,49 @@ func TestFailedAddIsRetried(t *testing.T) {
 	if !listening(pod) {
 		t.Error("not served")
 	}
+}
+
+// A ready ztunnel with a new pending pod is not ready, and the same pod where it
+// already runs takes it off the pending.
+func TestSameNamespaceClearsPending(t *testing.T) {
+	m, good, bad := newMachine(t), netnstest.New(t), netnstest.New(t)
+	occupy(t, bad, PortInbound)
+	m.must(m.snap(), m.add("u1", good))
+	m.want(1, 0, 1, 0, true)
+	if m.add("u2", bad) == nil {
+		t.Fatal("it started")
+	}
+	m.want(1, 1, 1, 0, false)
+	m.must(m.add("u2", good)) // shares the ports with u1
+	m.want(2, 0, 2, 0, true)
+	m.must(m.add("u2", good))
+	m.want(2, 0, 2, 0, true)
+}
+
+// An add brings a pod back whose listener somebody has destroyed.
+func TestBrokenPodIsMadeAnew(t *testing.T) {
+	m, pod := newMachine(t), netnstest.New(t)
+	m.must(m.snap(), m.add("u1", pod))
+	m.Workloads.running["u1"].broken.Store(true)
+	m.must(m.add("u1", pod))
+	m.want(1, 0, 2, 1, true)
+	if !listening(pod) {
+		t.Error("not served")
+	}
+}
+
+// What is no namespace ends the pod that ran: it is another one than before.
+func TestNoNamespaceReplaces(t *testing.T) {
+	m, pod := newMachine(t), netnstest.New(t)
+	m.must(m.snap(), m.add("u1", pod))
+	dup, err := unix.Dup(openFile(t, t.TempDir()+"/file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Handle(zds.Add("u1", "n", "d", "s"), dup); !errors.Is(err, netns.ErrNotNetNS) {
+		t.Errorf("got %v", err)
+	}
+	m.want(0, 1, 1, 1, false)
 }
 
 // A pending pod that is added in another namespace starts there, and the retry
@@ -318,6 +363,9 @@ func TestSocketOptions(t *testing.T) {
 		{"insisting", SocketConfig{IPv6: true, OrigSrc: &yes}, unix.AF_INET6, 0, 0, 1},
 	} {
 		pod := netnstest.New(t)
+		if _, err := pod.Do(func() error { return os.WriteFile("/proc/sys/net/ipv6/bindv6only", []byte("1"), 0) }); err != nil {
+			t.Fatal(err)
+		}
 		fds, _, err := listen(pod, tt.c.Addrs(), tt.c.factory(slog.Default()))
 		if err != nil {
 			t.Errorf("%s: %v", tt.name, err)
@@ -330,6 +378,9 @@ func TestSocketOptions(t *testing.T) {
 					t.Errorf("%s: option %d: %v", tt.name, opt, err)
 				}
 				return v
+			}
+			if tt.family == unix.AF_INET6 && get(unix.SOL_IPV6, unix.IPV6_V6ONLY) != 0 {
+				t.Errorf("%s: takes IPv6 only", tt.name)
 			}
 			if got := get(unix.SOL_SOCKET, unix.SO_DOMAIN); got != tt.family {
 				t.Errorf("%s: family %d", tt.name, got)
@@ -349,4 +400,47 @@ func TestSocketOptions(t *testing.T) {
 		}
 		closeAll(fds)
 	}
+}
+
+// ENABLE_ORIG_SRC=true fails the pod where a transparent socket may not be made;
+// unset, the pod goes without.
+func TestOrigSrcInsists(t *testing.T) {
+	yes := true
+	for _, tt := range []struct {
+		name string
+		c    SocketConfig
+		want error
+	}{
+		{"unset", SocketConfig{}, nil},
+		{"true", SocketConfig{OrigSrc: &yes}, unix.EPERM},
+	} {
+		pod := netnstest.New(t)
+		open := tt.c.factory(slog.Default())
+		var fd int
+		_, err := pod.Do(func() (err error) {
+			// CAP_NET_ADMIN and CAP_NET_RAW belong to the thread, which ends with
+			// this: it may not come back either.
+			if err := dropAll(); err != nil {
+				return err
+			}
+			fd, err = open(tt.c.Addrs()[0])
+			return err
+		})
+		if tt.want == nil {
+			unix.Close(fd)
+			if errors.Is(err, unix.EPERM) && !errors.Is(err, netns.ErrStranded) {
+				t.Errorf("%s: %v", tt.name, err)
+			}
+			continue
+		}
+		if !errors.Is(err, tt.want) || !strings.Contains(err.Error(), "ENABLE_ORIG_SRC=true insists") {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}
+
+func dropAll() error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	return unix.Capset(&hdr, &none[0])
 }
