@@ -24,6 +24,9 @@ const MaxVerbs = 1024
 // maxWait bounds what a verb may ask the agent to wait.
 const maxWait = 24 * time.Hour
 
+// lastWord is how long a verb may take to hear that the agent stops.
+const lastWord = 100 * time.Millisecond
+
 // errUnconfirmed marks what may yet come true.
 var errUnconfirmed = errors.New("delivered, not confirmed")
 
@@ -31,13 +34,16 @@ var errUnconfirmed = errors.New("delivered, not confirmed")
 func (a *Agent) serveVerb(ctx context.Context, conn *net.UnixConn) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() {
+		conn.SetReadDeadline(time.Unix(1, 0))
+		conn.SetWriteDeadline(time.Now().Add(lastWord))
+	})
 	defer stop()
 	hung := make(chan struct{})
 	defer func() { conn.Close(); <-hung }()
 
 	conn.SetDeadline(time.Now().Add(a.timeout))
-	v := &verb{conn: conn, timeout: a.timeout}
+	v := &verb{ctx: ctx, conn: conn, timeout: a.timeout}
 	peer, err := uds.PeerOf(conn)
 	if err != nil {
 		close(hung)
@@ -71,22 +77,46 @@ func watchHangup(conn *net.UnixConn, cancel func(), done chan<- struct{}) {
 
 // verb is the answering end of a verb's connection.
 type verb struct {
+	ctx     context.Context // ends with the agent, or when the verb hangs up
 	conn    *net.UnixConn
 	timeout time.Duration
+	err     error // of the first reply that could not be sent; there is no second
 }
 
-// reply sends one packet. A verb that has gone is no trouble of ours.
-func (v *verb) reply(r control.Reply) {
+// reply sends packets. All of them share one deadline: a verb that does not read
+// costs that, however long its answer is. The caller stops at an error.
+func (v *verb) reply(replies ...control.Reply) error {
+	// In this order: whoever ends ctx shortens the deadline after that, so that
+	// ours can't replace his.
 	v.conn.SetWriteDeadline(time.Now().Add(v.timeout))
-	control.WriteReply(v.conn, r)
+	if v.ctx.Err() != nil {
+		return ErrStopping
+	}
+	return v.send(replies...)
 }
 
+func (v *verb) send(replies ...control.Reply) error {
+	for _, r := range replies {
+		if v.err != nil {
+			break
+		}
+		v.err = control.WriteReply(v.conn, r)
+	}
+	return v.err
+}
+
+// done sends the last packet. A verb that has gone is no trouble of ours; one
+// that waits hears even that the agent stops.
 func (v *verb) done(err error) {
 	r := control.Reply{Done: true}
 	if err != nil {
 		r.Error, r.Unconfirmed = err.Error(), errors.Is(err, errUnconfirmed)
 	}
-	v.reply(r)
+	v.conn.SetWriteDeadline(time.Now().Add(v.timeout))
+	if v.ctx.Err() != nil {
+		v.conn.SetWriteDeadline(time.Now().Add(lastWord))
+	}
+	v.send(r)
 }
 
 // do does what a verb asks. It owns fd.
@@ -102,14 +132,14 @@ func (a *Agent) do(ctx context.Context, v *verb, req control.Request, fd int) er
 	case control.Del:
 		return a.doDel(ctx, req.Pod, wait)
 	case control.List:
+		var replies []control.Reply
 		for _, p := range a.List() {
-			v.reply(control.Reply{Pod: &p})
+			replies = append(replies, control.Reply{Pod: &p})
 		}
-		return nil
+		return v.reply(replies...)
 	case control.Status:
 		status := a.Status()
-		v.reply(control.Reply{Agent: &status})
-		return nil
+		return v.reply(control.Reply{Agent: &status})
 	}
 	return fmt.Errorf("the agent knows no verb %q", req.Verb)
 }
@@ -135,7 +165,9 @@ func (a *Agent) doAdd(ctx context.Context, v *verb, id control.PodID, fd int, wa
 	}
 	defer a.unwait(id.UID, waiter)
 	if !connected {
-		v.reply(control.Reply{Note: fmt.Sprintf("no ztunnel is connected; the pod is kept, and waits %v for one", wait)})
+		if err := v.reply(control.Reply{Note: fmt.Sprintf("no ztunnel is connected; the pod is kept, and waits %v for one", wait)}); err != nil {
+			return err
+		}
 	}
 	select {
 	case o := <-waiter:

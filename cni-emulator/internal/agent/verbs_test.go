@@ -94,6 +94,56 @@ func TestVerbHangsUp(t *testing.T) {
 	})
 }
 
+// listUnread asks for a list that is longer than a socket holds, and reads no
+// more of it than that it has begun.
+func (n *node) listUnread() *net.UnixConn {
+	n.t.Helper()
+	for i, ns := range manySpaces(n.t, 600) {
+		n.addNow(named(fmt.Sprint("pod-", i)), ns)
+	}
+	conn := n.dialControl()
+	if err := fdpass.Send(conn, []byte(`{"version":1,"verb":"list"}`), fdpass.NoFD); err != nil {
+		n.t.Fatal(err)
+	}
+	if _, _, err := fdpass.Recv(conn, make([]byte, control.MaxReply)); err != nil {
+		n.t.Fatal(err)
+	}
+	return conn
+}
+
+// One that does not read costs one deadline, not one a pod.
+func TestVerbDoesNotRead(t *testing.T) {
+	n := startWith(t, Config{}, hasty(200*time.Millisecond))
+	conn := n.listUnread()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the agent hangs up", func() bool {
+		poll := make([]unix.PollFd, 1)
+		raw.Control(func(fd uintptr) {
+			poll[0].Fd = int32(fd)
+			_, err = unix.Poll(poll, 0)
+		})
+		return err == nil && poll[0].Revents&unix.POLLHUP != 0
+	})
+}
+
+// Nor does it keep the agent from stopping.
+func TestStopBesideVerbThatDoesNotRead(t *testing.T) {
+	n := startWith(t, Config{}, hasty(time.Hour))
+	conn := n.listUnread()
+	stopped := make(chan struct{})
+	go func() { n.stop(); close(stopped) }()
+	select {
+	case <-stopped:
+	case <-time.After(patience):
+		t.Error("the agent does not stop")
+		conn.Close()
+		<-stopped
+	}
+}
+
 // Verbs that wait hear that the pod went, was replaced, or the agent stops.
 func TestWaitersAreTold(t *testing.T) {
 	n := start(t)
@@ -123,8 +173,8 @@ func TestWaitersAreTold(t *testing.T) {
 	}
 	added = wait()
 	n.stop()
-	if err := <-added; err == nil {
-		t.Error("added by an agent that stopped")
+	if err := <-added; err == nil || err.Error() != ErrStopping.Error() {
+		t.Error(err)
 	}
 }
 
