@@ -195,9 +195,10 @@ func (a *Agent) Find(id control.PodID) (uid string, err error) {
 	return "", fmt.Errorf("%d pods are called %s/%s; name one with --uid: %s", len(found), id.Namespace, id.Name, strings.Join(found, ", "))
 }
 
-// Delete forgets a pod and tells every ztunnel. Each of the n gives one outcome;
-// one that leaves instead of answering has given it: it comes back to a snapshot
-// without the pod.
+// Delete forgets a pod and tells every ztunnel. Each of the n gives one outcome:
+// its answer, or the error with which its connection ended. One that has left
+// (zds.Gone) comes back to a snapshot without the pod, or is no more. One that was
+// dropped may hang, and serve the pod meanwhile.
 func (a *Agent) Delete(uid string) (n int, outcomes <-chan Outcome, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

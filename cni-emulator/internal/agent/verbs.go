@@ -15,6 +15,7 @@ import (
 	"ambient-emulator/internal/fdpass"
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/uds"
+	"ambient-emulator/internal/zds"
 )
 
 // MaxVerbs is how many verbs are served at once; the next ones wait in the
@@ -198,14 +199,19 @@ func (a *Agent) doDel(ctx context.Context, id control.PodID, wait time.Duration)
 		return a.onDisk(ctx)
 	}
 	timeout := time.After(wait)
-	var nacks []error
+	var errs []error
 	for i := range n {
 		select {
 		case o := <-outcomes:
-			// One that left has nothing to confirm: see Delete. A nack is told,
-			// though the real agent ignores it: here it is a person who asked.
-			if o.Nack != "" {
-				nacks = append(nacks, fmt.Errorf("the agent has forgotten the pod, but ztunnel (pid %d) says: %s", o.PID, o.Nack))
+			switch {
+			case o.Nack != "":
+				// The real agent ignores it; here it is a person who asked.
+				errs = append(errs, fmt.Errorf("the agent has forgotten the pod, but ztunnel (pid %d) says: %s", o.PID, o.Nack))
+			case ctx.Err() != nil, errors.Is(o.Err, net.ErrClosed):
+				return ErrStopping // it was we who hung up
+			case o.Err != nil && !zds.Gone(o.Err):
+				// We dropped it. It may hang, and serve the pod for as long.
+				errs = append(errs, fmt.Errorf("%w: ztunnel (pid %d) was dropped (%w), and may serve the pod until it connects again or ends", errUnconfirmed, o.PID, o.Err))
 			}
 		case <-timeout:
 			return fmt.Errorf("%w: %d of %d ztunnels have not answered within %v", errUnconfirmed, n-i, n, wait)
@@ -213,7 +219,7 @@ func (a *Agent) doDel(ctx context.Context, id control.PodID, wait time.Duration)
 			return ErrStopping
 		}
 	}
-	return errors.Join(append(nacks, a.onDisk(ctx))...)
+	return errors.Join(append(errs, a.onDisk(ctx))...)
 }
 
 // lastError returns what went wrong with a pod, as a clause.

@@ -148,7 +148,7 @@ func (a *Agent) leave(z *ztunnel, err error) (resent int, why error) {
 	for _, o := range z.queue {
 		switch {
 		case o.done != nil:
-			// A ztunnel that is gone has no pod, or gets a snapshot without it.
+			// Whoever asked judges why: see Delete.
 			o.done <- Outcome{PID: z.peer.PID, Err: err}
 		case heir != nil && !o.first && a.current(o):
 			a.push(heir, a.addOp(o.pod))

@@ -201,12 +201,39 @@ func TestLateElsewhere(t *testing.T) {
 		t.Fatal(got)
 	}
 	z.gone()
-	// It comes back to a snapshot without the pod, so it is deleted.
-	if err := <-deleted; err != nil {
+	// It hangs, and may serve the pod all the while: nobody may call it deleted.
+	if err := <-deleted; !errors.Is(err, errUnconfirmed) || !strings.Contains(err.Error(), "was dropped (answer to del") {
 		t.Error(err)
 	}
 	if z := n.ztunnel(); len(z.held) != 0 {
 		t.Error("the snapshot still has the pod")
+	}
+}
+
+// One that leaves instead of answering has no pod any more, or hears of that.
+func TestLeaveInsteadOfDelete(t *testing.T) {
+	n := start(t)
+	one, two := n.ztunnel(), n.ztunnel()
+	n.addNow(named("a"), netnstest.New(t))
+	two.next()
+	two.ack()
+	deleted := make(chan error, 1)
+	go func() { deleted <- n.del(named("a"), patience) }()
+	one.next()
+	one.close()
+	two.expect(`del uid="uid-a"`)
+	if err := <-deleted; err != nil {
+		t.Error(err)
+	}
+	// An agent that stops has hung up itself, and knows nothing.
+	n.addNow(named("a"), netnstest.New(t))
+	two.next()
+	two.ack()
+	go func() { deleted <- n.del(named("a"), patience) }()
+	two.next()
+	n.stop()
+	if err := <-deleted; err == nil || err.Error() != ErrStopping.Error() {
+		t.Error(err)
 	}
 }
 

@@ -139,7 +139,8 @@ Exit codes:
   0  no ztunnel serves the pod any more (with --no-wait: the agent has forgotten it)
   1  it failed; stderr says why
   2  the words of the call were wrong
-  3  delivered, not confirmed: not every ztunnel answered within --timeout`,
+  3  delivered, not confirmed: a ztunnel has not answered within --timeout, or the
+     agent has dropped it because it hung; it may still serve the pod`,
 		Args:              onePod,
 		ValidArgsFunction: p.completePod,
 		RunE: func(cmd *cobra.Command, args []string) error {
