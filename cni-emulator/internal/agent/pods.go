@@ -93,7 +93,9 @@ func (a *Agent) checkNetNS(id netns.ID) error {
 
 // Add makes a pod known, or known anew, and sends it to the newest ztunnel. It
 // takes ns over. The same uid with the same namespace is a success that changes
-// nothing but the names; with another namespace it replaces the pod.
+// nothing but the names and whose the pod is: one that is not watched, because a
+// person added it, stays when its file goes. With another namespace it replaces
+// the pod.
 //
 // The outcome goes to waiter, which has room for one, once a ztunnel has
 // answered; waiter may be nil. Add itself waits for nobody. connected tells
@@ -118,14 +120,23 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 		return false, fmt.Errorf("%w: %v is %s (uid %s); `del` that first", ErrTaken, ns.ID(), other, other.UID)
 	}
 	p := a.pods[id.UID]
+	// What a person has said of a pod stands, whatever --watch finds in its
+	// place; and a pod that a person adds is his from then on.
+	told := p != nil && watched && !p.watched
 	switch {
 	case p == nil:
 		p = &pod{PodID: id, watched: watched, netns: h}
 		a.pods[id.UID] = p
 		a.log.Info("pod added", "pod", p, "uid", id.UID, "netns", ns.ID())
 	case p.netns != nil && p.netns.ns.ID() == ns.ID():
-		p.PodID = id
+		if !told {
+			p.PodID, p.watched = id, watched
+		}
 		h.release()
+	case p.netns == nil && told && p.Path == id.Path:
+		a.unbind(p, ErrReplaced)
+		p.netns = h
+		a.log.Info("pod's namespace is at hand again", "pod", p, "uid", id.UID, "netns", ns.ID())
 	default:
 		a.unbind(p, ErrReplaced)
 		p.PodID, p.watched, p.netns = id, watched, h

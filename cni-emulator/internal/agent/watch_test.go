@@ -136,6 +136,61 @@ func TestWatchAndVerbs(t *testing.T) {
 	n.names("web", "last", "twin2")
 }
 
+// What a person said of a pod stands, whichever came first, the file or he.
+func TestWatchLeavesWords(t *testing.T) {
+	cfg, dir := watching(t)
+	mkdir(t, dir)
+	n := startWith(t, cfg, nil)
+	for _, name := range []string{"before", "after"} {
+		ns, path := netnstest.New(t), filepath.Join(dir, name)
+		said := control.PodID{UID: control.DefaultUID("default", name), Name: name, Namespace: "default", ServiceAccount: "shop", Path: path}
+		if name == "before" {
+			n.addNow(said, ns)
+		}
+		nsFile(t, path, ns)
+		n.await("pod=default/" + name)
+		// The watcher goes by order: once it has this one it had that one.
+		nsFile(t, path+"-next", netnstest.New(t))
+		eventually(t, "the next one", func() bool { return n.list()[name+"-next"].Watched })
+		if name == "after" {
+			n.addNow(said, ns)
+		}
+		if row := n.list()[name]; row.PodID != said || row.Watched {
+			t.Errorf("%s: %+v", name, row)
+		}
+	}
+	// Nor does a restart forget it.
+	n.stop()
+	n = startWith(t, cfg, nil)
+	for _, name := range []string{"before", "after"} {
+		if row := n.list()[name]; row.ServiceAccount != "shop" || row.Watched {
+			t.Errorf("%s after a restart: %+v", name, row)
+		}
+		rm(t, filepath.Join(dir, name))
+	}
+	rm(t, filepath.Join(dir, "after-next"))
+	n.names("before", "after", "before-next")
+}
+
+// What was kept because it could not be opened is the same pod when it can be.
+func TestWatchLeavesWordsOfKept(t *testing.T) {
+	cfg, dir := watching(t)
+	mkdir(t, dir)
+	web, path := netnstest.New(t), filepath.Join(dir, "web")
+	said := control.PodID{UID: control.DefaultUID("default", "web"), Name: "web", Namespace: "default", ServiceAccount: "shop", Path: path}
+	nsFile(t, path, web)
+	n := startWith(t, cfg, nil)
+	n.addNow(said, web)
+	n.stop()
+	unbind(t, path)
+	n = startWith(t, cfg, nil)
+	bind(t, path, web)
+	eventually(t, "its namespace is at hand", func() bool { return n.list()["web"].Inode != 0 })
+	if row := n.list()["web"]; row.PodID != said || row.Watched {
+		t.Errorf("%+v", row)
+	}
+}
+
 func TestWatchMatch(t *testing.T) {
 	cfg, dir := watching(t)
 	cfg.Match = "cni-*"

@@ -69,7 +69,8 @@ prints nothing when ztunnel has the listeners ready.
 
 With no ztunnel connected the agent keeps the pod for the next one, and add
 waits for that until --timeout. The same add again is a success that changes
-nothing; with another namespace it replaces the pod.`,
+nothing; with another namespace it replaces the pod. A pod that serve --watch has
+made is yours from then on: its names are those you say, and it stays until del.`,
 		Example: `  sudo ip netns add web && sudo ip -n web link set lo up
   sudo cni-emulator add web
   sudo cni-emulator add web --netns /proc/1234/ns/net --namespace prod --service-account shop
