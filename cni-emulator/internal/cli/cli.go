@@ -32,7 +32,7 @@ func (e usageError) Unwrap() error { return e.error }
 func Main(args []string, stdout, stderr io.Writer) int {
 	root := newRoot(stderr)
 	if len(args) == 0 || !isSocketPath(args[0]) { // else it is no verb, though it be called like one
-		root.AddCommand(newServe(stderr), newAdd(), newDel(), newList(), newStatus(), newCompletion())
+		root.AddCommand(newServe(stderr), newAdd(), newDel(), newList(), newStatus(), newRules(), newCompletion())
 	}
 	root.SetArgs(args)
 	root.SetOut(stdout)

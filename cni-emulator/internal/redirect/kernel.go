@@ -1,0 +1,114 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+)
+
+// Answer is what is known of something that a kernel may have.
+type Answer int
+
+// The three answers.
+const (
+	Unknown Answer = iota
+	Works
+	Absent // proven
+)
+
+func (a Answer) String() string { return [...]string{"cannot tell", "works", "proven absent"}[a] }
+
+// feature is something of nftables that a kernel may be built without.
+type feature struct {
+	name, config string
+	base         chain
+	rule         rule
+}
+
+// features lists what a configuration needs.
+func (c Config) features() []feature {
+	filter := chain{name: "c", kind: nftables.ChainTypeFilter, hook: "prerouting", priority: -150, jump: "-"}
+	route := chain{name: "c", kind: nftables.ChainTypeRoute, hook: "output", priority: -150, jump: "-"}
+	nat := chain{name: "c", kind: nftables.ChainTypeNAT, hook: "output", priority: -100, jump: "-"}
+	list := []feature{
+		{"tables of family inet", "CONFIG_NF_TABLES_INET", filter, rule{then: []part{accept()}}},
+		{"chains of type route", "CONFIG_NF_TABLES_INET", route, rule{then: []part{accept()}}},
+		{"NAT in family inet (Linux 5.2)", "CONFIG_NFT_NAT", nat, rule{then: []part{accept()}}},
+		{"redirect", "CONFIG_NFT_REDIR", nat, rule{match: []part{tcp()}, then: []part{redirectTo(OutboundPort)}}},
+		{"connection marks", "CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_MARK", filter, rule{then: []part{setCtMark(RouteMark)}}},
+	}
+	if c.DNS {
+		list = append(list,
+			feature{"conntrack zones", "CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_ZONES", filter, rule{then: []part{setZone(dnsZone)}}},
+			feature{"matching the socket of a packet", "CONFIG_NFT_SOCKET", filter, rule{match: []part{socketMark(ProxyMark)}, then: []part{accept()}}})
+	}
+	if c.Mode == TProxy {
+		list = append(list, feature{"tproxy", "CONFIG_NFT_TPROXY", filter, rule{match: []part{tcp()}, then: v4().deliver(InboundPort)}})
+	}
+	return list
+}
+
+// probe asks the kernel for one thing by the harmless version of the real one: a
+// table with that rule which is deleted in the transaction that makes it.
+func (p *pod) probe(f feature) (Answer, error) {
+	t := p.nft.AddTable(tableOf(fmt.Sprintf("ambient-probe-%d", os.Getpid())))
+	c := p.nft.AddChain(chainOf(t, f.base))
+	p.nft.AddRule(&nftables.Rule{Table: t, Chain: c, Exprs: f.rule.compile()})
+	p.nft.DelTable(t)
+	err := p.nft.Flush()
+	return judge(err), err
+}
+
+// judge reads the kernel's answer to a probe. What it does not know it calls
+// ENOENT, after having looked for a module, or EOPNOTSUPP.
+func judge(err error) Answer {
+	switch {
+	case err == nil:
+		return Works
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
+		return Absent
+	}
+	return Unknown
+}
+
+// explain looks for the reason of a failure that the kernel gave a mere number
+// for: is it something that this kernel lacks?
+func (p *pod) explain(err error, c Config) error {
+	var errno unix.Errno
+	if !errors.As(err, &errno) || errors.Is(err, unix.EPERM) {
+		return lacks(err, "CAP_NET_ADMIN")
+	}
+	var absent, unknown []string
+	for _, f := range c.features() {
+		switch answer, why := p.probe(f); answer {
+		case Absent:
+			absent = append(absent, fmt.Sprintf("%s (%s)", f.name, f.config))
+		case Unknown:
+			unknown = append(unknown, fmt.Sprintf("%s (%v)", f.name, why))
+		}
+	}
+	switch {
+	case len(absent) > 0:
+		return fmt.Errorf("%w: %v in this kernel: %s", err, Absent, strings.Join(absent, ", "))
+	case len(unknown) > 0:
+		return fmt.Errorf("%w: %v whether this kernel has: %s", err, Unknown, strings.Join(unknown, ", "))
+	}
+	return fmt.Errorf("%w, though the kernel has all that is needed", err)
+}
+
+// lacks names the capability that a refused step needs, and the command that
+// grants what all steps need.
+func lacks(err error, capability string) error {
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	exe, exeErr := os.Executable()
+	if exeErr != nil {
+		exe = "PATH/TO/cni-emulator"
+	}
+	return fmt.Errorf("%w: it needs %s, %w: run it with sudo, or once: sudo setcap cap_sys_admin,cap_net_admin+ep %s", err, capability, ErrCapability, exe)
+}

@@ -1,0 +1,78 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/google/nftables"
+	mdlayher "github.com/mdlayher/netlink"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/netns"
+)
+
+// patience bounds each wait for the kernel's answer. It answers at once; but a
+// program must not hang if it ever does not.
+const patience = 10 * time.Second
+
+// pod is a pod's namespace, reached over sockets that were opened inside.
+type pod struct {
+	id    netns.ID
+	nft   *nftables.Conn
+	links *netlink.Handle // links, routes, policy rules
+	diag  *netlink.Handle // sockets; nil if the kernel has no sock_diag(7)
+	no6   bool            // IPv6 is disabled on lo
+}
+
+// open opens a pod's sockets. ns stays the caller's; the pod is to be closed.
+func open(ns *netns.NS) (*pod, error) {
+	p := &pod{id: ns.ID()}
+	_, err := ns.Do(p.openInside)
+	if err != nil {
+		p.close()
+		return nil, fmt.Errorf("%v: %w", ns.ID(), lacks(err, "CAP_SYS_ADMIN"))
+	}
+	return p, nil
+}
+
+// openInside runs in the pod: it opens sockets, and reads a file that shows each
+// reader its own namespace.
+func (p *pod) openInside() (err error) {
+	p.nft, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *mdlayher.Conn) error {
+		return c.SetDeadline(time.Now().Add(patience))
+	}))
+	if err != nil {
+		return fmt.Errorf("open a netlink socket of netfilter: %w", err)
+	}
+	if p.links, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open a netlink socket of routes: %w", err)
+	}
+	if err = p.links.SetSocketTimeout(patience); err != nil {
+		return fmt.Errorf("set a netlink socket's timeout: %w", err)
+	}
+	// A kernel without it can't say who listens; then nobody asks.
+	if p.diag, err = netlink.NewHandle(unix.NETLINK_INET_DIAG); err != nil {
+		p.diag = nil
+	}
+	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+	// Unreadable is as good as enabled, as in the real agent; but where there is
+	// no such file there is no IPv6.
+	p.no6 = err == nil && len(b) > 0 && b[0] == '1' || errors.Is(err, fs.ErrNotExist)
+	return nil
+}
+
+// close closes what open has opened, whatever that is.
+func (p *pod) close() {
+	if p.nft != nil {
+		p.nft.CloseLasting()
+	}
+	for _, h := range []*netlink.Handle{p.links, p.diag} {
+		if h != nil {
+			h.Close()
+		}
+	}
+}
