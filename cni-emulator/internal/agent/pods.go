@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -228,6 +229,18 @@ func (a *Agent) deleteWatched(uid, path string) {
 	if p := a.pods[uid]; p != nil && p.watched && p.Path == path {
 		a.remove(p)
 	}
+}
+
+// watchedIn returns the names of the files in dir that have become pods.
+func (a *Agent) watchedIn(dir string) (names []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range a.pods {
+		if p.watched && filepath.Dir(p.Path) == dir {
+			names = append(names, filepath.Base(p.Path))
+		}
+	}
+	return names
 }
 
 // remove is Delete with the lock held.

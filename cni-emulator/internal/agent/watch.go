@@ -181,9 +181,16 @@ func (w *watcher) scan() error {
 	for _, e := range entries {
 		there[e.Name()] = true
 	}
-	for name := range w.pods {
+	// The pods, not only what we have seen ourselves: the agent before us had
+	// others, whose files went without an event.
+	for _, name := range w.a.watchedIn(w.dir) {
 		if !there[name] {
 			w.left(name)
+		}
+	}
+	for name := range w.pods {
+		if !there[name] {
+			w.left(name) // another pod's now, or a person's
 		}
 	}
 	for name := range there {
@@ -256,14 +263,12 @@ func (w *watcher) came(name string) {
 	delete(w.taken, name)
 }
 
-// left ends the pod whose file is gone, unless a person has made it.
+// left ends the pod whose file is gone, unless a person has made it. Its name may
+// be one that another --match wanted.
 func (w *watcher) left(name string) {
 	delete(w.pods, name)
 	delete(w.arriving, name)
 	delete(w.taken, name)
-	if !w.wanted(name) {
-		return
-	}
 	w.a.deleteWatched(control.DefaultUID("default", name), filepath.Join(w.dir, name))
 	for other := range w.taken { // perhaps by the one that is gone
 		w.came(other)

@@ -264,6 +264,40 @@ func TestWatchAcrossRestart(t *testing.T) {
 	n.names()
 }
 
+// What goes between the look at the state file and the one at the directory has
+// no event: the pods themselves tell.
+func TestWatchGoneBeforeFirstLook(t *testing.T) {
+	cfg, dir := watching(t)
+	mkdir(t, dir)
+	cfg.Match = "*"
+	for _, name := range []string{"stays", "goes", "kept", uuidName} {
+		nsFile(t, filepath.Join(dir, name), netnstest.New(t))
+	}
+	person := netnstest.New(t)
+	nsFile(t, filepath.Join(dir, "person"), person)
+	n := startWith(t, cfg, nil)
+	n.names("stays", "goes", "kept", "person", uuidName)
+	n.addNow(control.PodID{UID: control.DefaultUID("default", "person"), Name: "person", Namespace: "default", ServiceAccount: "x", Path: filepath.Join(dir, "person")}, person)
+	n.stop()
+
+	unbind(t, filepath.Join(dir, "kept"))
+	late := cfg
+	late.Watch = ""
+	n = startWith(t, late, func(a *Agent) {
+		for _, name := range []string{"goes", "kept", "person"} {
+			rm(t, filepath.Join(dir, name))
+		}
+		var err error
+		if a.watcher, err = newWatcher(a, dir, ""); err != nil {
+			t.Fatal(err)
+		}
+	})
+	n.names("stays", "person", uuidName)
+	// One that came by another --match leaves like any other.
+	rm(t, filepath.Join(dir, uuidName))
+	n.names("stays", "person")
+}
+
 // A burst of namespaces arrives whole, and so does its end.
 func TestWatchBurst(t *testing.T) {
 	cfg, dir := watching(t)
