@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
-	"golang.org/x/sys/unix"
 
 	"ambient-emulator/cni-emulator/internal/control"
 	"ambient-emulator/internal/netns"
@@ -36,7 +34,8 @@ type watcher struct {
 	inotify *fsnotify.Watcher
 	events  <-chan fsnotify.Event
 	errors  <-chan error
-	above   string // the directory that is watched while dir is not there, or ""
+	armed   os.FileInfo // the directory that is watched, or nil
+	above   string      // the one that is watched while dir is not there, or ""
 
 	// By file name.
 	pods     map[string]netns.ID // what has been a pod since its file came
@@ -75,6 +74,8 @@ func newWatcher(a *Agent, dir, match string) (*watcher, error) {
 
 // run follows the directory until ctx ends.
 func (w *watcher) run(ctx context.Context) error {
+	check := time.NewTicker(checkEvery)
+	defer check.Stop()
 	for {
 		// No timer unless something is arriving.
 		var look <-chan time.Time
@@ -90,6 +91,8 @@ func (w *watcher) run(ctx context.Context) error {
 			// else went wrong: only the directory itself can tell.
 			w.a.log.Warn("events of the watched directory were lost; looking at all of it", "dir", w.dir, "error", e)
 			err = w.arm()
+		case <-check.C:
+			err = w.check()
 		case <-look:
 			w.lookAgain()
 		case <-ctx.Done():
@@ -117,83 +120,6 @@ func (w *watcher) event(ev fsnotify.Event) error {
 	case ev.Has(fsnotify.Remove), ev.Has(fsnotify.Rename):
 		w.left(name)
 	case ev.Has(fsnotify.Create):
-		w.came(name)
-	}
-	return nil
-}
-
-// arm watches the directory, or as long as it is not there the nearest one above
-// it that is, and enrols what is in it.
-func (w *watcher) arm() error {
-	for {
-		err := w.inotify.Add(w.dir)
-		if err == nil {
-			if w.above != "" {
-				w.inotify.Remove(w.above) // it may be gone itself
-				w.above = ""
-				w.a.log.Info("watching", "dir", w.dir)
-			}
-			return w.scan()
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("watch %s: %w%s", w.dir, err, inotifyAdvice(err))
-		}
-		above := w.dir
-		for above != "/" {
-			above = filepath.Dir(above)
-			if err = w.inotify.Add(above); err == nil || !errors.Is(err, fs.ErrNotExist) {
-				break
-			}
-		}
-		if err != nil {
-			return fmt.Errorf("watch %s, while %s is not there: %w", above, w.dir, err)
-		}
-		if above == w.above {
-			return w.scan() // watched since before we looked for the directory
-		}
-		if w.above != "" {
-			w.inotify.Remove(w.above)
-		}
-		w.above = above
-		w.a.log.Info("the directory to watch is not there yet", "dir", w.dir, "watching", above)
-		// Once more: it may have come in between.
-	}
-}
-
-// inotifyAdvice says what inotify(7) means.
-func inotifyAdvice(err error) string {
-	switch {
-	case errors.Is(err, unix.EMFILE):
-		return "; raise the sysctl fs.inotify.max_user_instances"
-	case errors.Is(err, unix.ENOSPC):
-		return "; raise the sysctl fs.inotify.max_user_watches"
-	}
-	return ""
-}
-
-// scan compares what there is with what is known.
-func (w *watcher) scan() error {
-	entries, err := os.ReadDir(w.dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("watch %s: %w", w.dir, err)
-	}
-	there := make(map[string]bool, len(entries))
-	for _, e := range entries {
-		there[e.Name()] = true
-	}
-	// The pods, not only what we have seen ourselves: the agent before us had
-	// others, whose files went without an event.
-	for _, name := range w.a.watchedIn(w.dir) {
-		if !there[name] {
-			w.left(name)
-		}
-	}
-	for name := range w.pods {
-		if !there[name] {
-			w.left(name) // another pod's now, or a person's
-		}
-	}
-	for name := range there {
 		w.came(name)
 	}
 	return nil
