@@ -169,18 +169,47 @@ func TestWorldInterrupted(t *testing.T) {
 	}
 }
 
+// The same for an up that fails half way.
+func TestWorldFailsHalfWay(t *testing.T) {
+	before := machine(t)
+	ip, err := exec.LookPath("ip")
+	if err != nil {
+		ip = "/usr/sbin/ip"
+	}
+	bin := t.TempDir()
+	path := os.Getenv("PATH")
+	for _, breaks := range []string{"netns attach world-pod3", "-batch -", "-n world-pod2 -batch -", "-n world-bridge -batch -"} {
+		fake := fmt.Sprintf("#!/bin/sh\nif [ \"$*\" = %q ] || [ \"$1 $2 $3\" = %q ]; then exit 1; fi\nexec %s \"$@\"\n", breaks, breaks, ip)
+		if err := os.WriteFile(filepath.Join(bin, "ip"), []byte(fake), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv("PATH", bin+":"+path)
+		refuses(t, 1, "see above", "up")
+		t.Setenv("PATH", path)
+		if got := machine(t); got != before {
+			t.Fatalf("ip %s: left behind:\n%swas:\n%s", breaks, got, before)
+		}
+	}
+}
+
 // What an up that was killed leaves, is told and can be removed; up does not
 // take it for a world.
 func TestWorldKilled(t *testing.T) {
 	before := machine(t)
 	up := exec.Command(worldScript(t), "up")
+	up.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	if err := up.Start(); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "node2", func() bool { _, err := os.Lstat("/var/run/netns/world-node2"); return err == nil })
-	up.Process.Kill()
+	waitFor(t, "node2", func() bool {
+		ns, err := netns.Open("/var/run/netns/world-node2")
+		if err == nil {
+			ns.Close()
+		}
+		return err == nil
+	})
+	unix.Kill(-up.Process.Pid, unix.SIGKILL)
 	up.Wait()
-	// Not before the command it was at has ended, too: that one has the lock.
 	refuses(t, 1, "half a world is there", "up")
 	world(t, "down")
 	if got := machine(t); got != before {
