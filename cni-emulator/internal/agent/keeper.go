@@ -5,16 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// How long after a failed write of the state file the next one is tried: soon at
+// first, then more seldom.
+const retryFirst, retryLast = 100 * time.Millisecond, 30 * time.Second
 
 // keeper writes the pods to the state file, one write at a time. What changes
 // during a write goes into the next one: a thousand pods that come at once cost
 // a few writes, not a thousand.
 type keeper struct {
-	path  string        // "": nothing is kept
-	dirty chan struct{} // has room for one: there is something to write
+	path  string                     // "": nothing is kept
+	write func(string, memory) error // writeState
+	dirty chan struct{}              // has room for one: there is something to write
 
 	mu      sync.Mutex
 	written uint64        // the generation that the last write had
@@ -23,7 +29,7 @@ type keeper struct {
 }
 
 func newKeeper(path string) *keeper {
-	return &keeper{path: path, dirty: make(chan struct{}, 1), again: make(chan struct{})}
+	return &keeper{path: path, write: writeState, dirty: make(chan struct{}, 1), again: make(chan struct{})}
 }
 
 // changed notes that the pods are not what they were. The caller holds the lock.
@@ -35,27 +41,44 @@ func (a *Agent) changed() {
 	}
 }
 
-// keep writes until stop is closed, and then a last time if need be.
+// keep writes until stop is closed, and then a last time if need be. What could
+// not be written is tried again by itself: the next change may be days away.
 func (a *Agent) keep(stop <-chan struct{}) {
+	var again <-chan time.Time // of what could not be written
+	pause := retryFirst
 	for {
 		select {
 		case <-a.keeper.dirty:
-			a.saveOrLog()
+		case <-again:
 		case <-stop:
 			select {
 			case <-a.keeper.dirty:
 				a.saveOrLog()
 			default:
+				if again != nil {
+					a.saveOrLog()
+				}
 			}
 			return
+		}
+		ok := a.saveOrLog()
+		switch {
+		case !ok:
+			again = time.After(pause)
+			pause = min(2*pause, retryLast)
+		case again != nil:
+			a.log.Info("the state file is written again", "state", a.keeper.path)
+			again, pause = nil, retryFirst
 		}
 	}
 }
 
-func (a *Agent) saveOrLog() {
-	if err := a.save(); err != nil {
+func (a *Agent) saveOrLog() bool {
+	err := a.save()
+	if err != nil {
 		a.log.Error("after a restart the pods would not be known", "error", err)
 	}
+	return err == nil
 }
 
 // save writes the pods as they are now, and tells who waits for that.
@@ -65,7 +88,7 @@ func (a *Agent) save() error {
 		return nil
 	}
 	m, generation := a.remember()
-	err := writeState(k.path, m)
+	err := k.write(k.path, m)
 	if err != nil {
 		err = fmt.Errorf("write the state file: %w", err)
 	}

@@ -10,8 +10,6 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"ambient-emulator/internal/netns/netnstest"
 )
 
 // A file with anything wrong is moved aside, whole, and said so.
@@ -129,54 +127,6 @@ func TestStateInNoPlace(t *testing.T) {
 	cfg.Log = slog.New(slog.DiscardHandler)
 	if a, err := New(cfg); err == nil || !strings.Contains(err.Error(), "write the state file: ") {
 		t.Errorf("New: %v, %v", a, err)
-	}
-}
-
-// A verb hears that what it did will not be remembered.
-func TestStateCanNotBeWritten(t *testing.T) {
-	cfg := restarting(t)
-	dir := filepath.Join(t.TempDir(), "state")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	cfg.State = filepath.Join(dir, "state.json")
-	n := startWith(t, cfg, nil)
-	if err := os.RemoveAll(dir); err != nil {
-		t.Fatal(err)
-	}
-	web := netnstest.New(t)
-	if _, err := n.add(named("web"), web, 0); err == nil || !strings.Contains(err.Error(), "the agent's next start will not know of it: write the state file: ") {
-		t.Errorf("add: %v", err)
-	}
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := n.add(named("web"), web, 0); err != nil {
-		t.Errorf("add: %v", err)
-	}
-}
-
-// Whatever a verb called done is on disk, however many there are at once.
-func TestDoneIsOnDisk(t *testing.T) {
-	cfg := restarting(t)
-	n := startWith(t, cfg, nil)
-	const pods = 200
-	errs := make(chan error)
-	for i := range pods {
-		ns := netnstest.NewLoDown(t)
-		go func() {
-			_, err := n.add(named("pod-"+string(rune('a'+i%26))+string(rune('a'+i/26))), ns, 0)
-			errs <- err
-		}()
-	}
-	for range pods {
-		if err := <-errs; err != nil {
-			t.Error(err)
-		}
-	}
-	m, aside, err := readState(cfg.State)
-	if err != nil || aside != nil || len(m.Pods) != pods {
-		t.Errorf("%d pods in the file, %v, %v", len(m.Pods), aside, err)
 	}
 }
 
