@@ -110,10 +110,14 @@ func writeState(path string, m memory) error {
 	if err != nil {
 		return fmt.Errorf("encode state: %w", err)
 	}
-	// Always the same name: what a crash leaves behind is overwritten by the
-	// next write. Nobody follows a link there.
+	// Always the same name, and what a crash leaves there goes at the next write.
+	// Whatever else lies there goes, too, unopened: a FIFO would hang, a link lead
+	// elsewhere. unlink(2) itself, because os.Remove takes directories.
 	fresh := path + ".new"
-	f, err := os.OpenFile(fresh, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+	if err := unix.Unlink(fresh); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return &fs.PathError{Op: "unlink", Path: fresh, Err: err}
+	}
+	f, err := os.OpenFile(fresh, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}

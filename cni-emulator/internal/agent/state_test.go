@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"errors"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -10,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/testmain"
 )
 
 // A file with anything wrong is moved aside, whole, and said so.
@@ -117,6 +120,91 @@ func TestStateOfStrangers(t *testing.T) {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", path, err)
 		}
+	}
+}
+
+// Whatever lies where the next state is prepared, a write neither waits for it,
+// nor follows it, nor writes into it.
+func TestStrangeFileInTheWay(t *testing.T) {
+	for name, put := range map[string]func(fresh, other string) error{
+		"fifo":         func(fresh, _ string) error { return unix.Mkfifo(fresh, 0o600) },
+		"link":         func(fresh, other string) error { return os.Symlink(other, fresh) },
+		"second name":  func(fresh, other string) error { return os.Link(other, fresh) },
+		"unwritable":   func(fresh, _ string) error { return os.WriteFile(fresh, nil, 0o400) },
+		"dangling":     func(fresh, other string) error { return os.Symlink(other+"x", fresh) },
+		"too generous": func(fresh, _ string) error { return os.WriteFile(fresh, nil, 0o666) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "state.json")
+			other := path + ".other"
+			if err := errors.Join(os.WriteFile(other, []byte("precious"), 0o600), put(path+".new", other)); err != nil {
+				t.Fatal(err)
+			}
+			if err := writeState(path, memory{}); err != nil {
+				t.Fatal(err)
+			}
+			if _, aside, err := readState(path); aside != nil || err != nil {
+				t.Error(aside, err)
+			}
+			if got := read(t, other); string(got) != "precious" {
+				t.Errorf("another file has %q now", got)
+			}
+			if fi, err := os.Lstat(path); err != nil || fi.Mode() != 0o600 {
+				t.Errorf("the state file is %v, %v", fi.Mode(), err)
+			}
+			if _, err := os.Lstat(other + "x"); err == nil {
+				t.Error("it followed a link")
+			}
+		})
+	}
+	// A directory is somebody's.
+	path := filepath.Join(t.TempDir(), "state.json")
+	if err := os.Mkdir(path+".new", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := writeState(path, memory{}); !errors.Is(err, unix.EISDIR) {
+		t.Errorf("a directory in the way: %v", err)
+	}
+}
+
+// The file is replaced, never written into: who has the old one open has it whole.
+func TestStateIsReplaced(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.json")
+	if err := writeState(path, memory{BootID: "old"}); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := writeState(path, memory{BootID: "new"}); err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(f)
+	if m, decodeErr := decodeState(b); err != nil || decodeErr != nil || m.BootID != "old" {
+		t.Errorf("the old file has %v, %v, %v", m, err, decodeErr)
+	}
+	if m, _, err := readState(path); err != nil || m.BootID != "new" {
+		t.Errorf("the new one has %v, %v", m, err)
+	}
+}
+
+// Another user's file would decide what we open.
+func TestStateOfAnotherUser(t *testing.T) {
+	if !testmain.RealRoot() {
+		t.Skip("needs real root: another user has to own a file")
+	}
+	cfg := restarting(t)
+	if err := errors.Join(writeState(cfg.State, memory{}), os.Chown(cfg.State, 65534, -1)); err != nil {
+		t.Fatal(err)
+	}
+	before := read(t, cfg.State)
+	if a, err := New(cfg); err == nil || !strings.Contains(err.Error(), "belongs to uid 65534, neither root nor this user") {
+		t.Errorf("New: %v, %v", a, err)
+	}
+	if !bytes.Equal(read(t, cfg.State), before) {
+		t.Error("it was not left alone")
 	}
 }
 
