@@ -1,0 +1,230 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/netns"
+)
+
+// What is not TCP or DNS is untouched.
+func TestPing(t *testing.T) {
+	w := newWorld(t)
+	install(t, w.p, Config{Mode: Redirect, DNS: true, IPv6: true})
+	for _, f := range []family{v4(), v6()} {
+		if err := w.ping(f, addressesOf(f).remote); err != nil {
+			t.Errorf("%s: %v", f.name, err)
+		}
+	}
+}
+
+// ping sends one echo request from the pod (icmp(7)) and waits for the reply.
+func (w *world) ping(f family, to netip.Addr) error {
+	proto, request, reply := unix.IPPROTO_ICMP, byte(8), byte(0)
+	if f.twin != "" {
+		proto, request, reply = unix.IPPROTO_ICMPV6, 128, 129
+	}
+	var fd int
+	if _, err := w.p.Do(func() (err error) {
+		fd, err = unix.Socket(f.af(), unix.SOCK_RAW|unix.SOCK_CLOEXEC, proto)
+		return err
+	}); err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	tv := unix.NsecToTimeval(patience.Nanoseconds())
+	w.must(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
+	// Type, code, checksum, identifier, sequence; the kernel sums for IPv6.
+	sum := ^(uint16(request) << 8)
+	if err := unix.Sendto(fd, []byte{request, 0, byte(sum >> 8), byte(sum), 0, 0, 0, 0}, 0, sockaddr(netip.AddrPortFrom(to, 0))); err != nil {
+		return err
+	}
+	buf := make([]byte, 200)
+	for {
+		n, _, err := unix.Recvfrom(fd, buf, 0)
+		if err != nil {
+			return err
+		}
+		header := 0
+		if f.twin == "" {
+			header = 20
+		}
+		if n > header && buf[header] == reply {
+			return nil
+		}
+	}
+}
+
+// A guest behind a masquerade in the pod gets its DNS answers, too: its flow is
+// not put apart from itself. (With the real agent's rules the answer is lost.)
+func TestMasqueradedGuestHasDNS(t *testing.T) {
+	w := newWorld(t)
+	c := Config{Mode: Redirect, DNS: true, IPv6: true}
+	for _, f := range c.families() {
+		w.people(f, c)
+	}
+	p, err := open(w.p)
+	w.must(err)
+	defer p.close()
+	policy := nftables.ChainPolicyAccept
+	table := p.nft.AddTable(tableOf("docker"))
+	post := p.nft.AddChain(&nftables.Chain{Name: "postrouting", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource, Policy: &policy})
+	p.nft.AddRule(&nftables.Rule{Table: table, Chain: post, Exprs: append(rule{match: []part{oif("eth0")}}.compile(), &expr.Masq{})})
+	w.must(p.nft.Flush())
+	install(t, w.p, c)
+	for _, f := range c.families() {
+		a := addressesOf(f)
+		got, err := w.ask(w.g, socketOf{kind: unix.SOCK_DGRAM}, netip.AddrPortFrom(a.remote, 53), patience)
+		if want := fmt.Sprintf("remote peer=%v", a.pod); err != nil || got != want {
+			t.Errorf("%s: %q, %v; want %s", f.name, got, err, want)
+		}
+	}
+}
+
+// ztunnel asks upstream from the port that the application has just used for the
+// same server: the two flows are apart.
+func TestDNSFromTheSamePort(t *testing.T) {
+	w := newWorld(t)
+	c := Config{Mode: Redirect, DNS: true, IPv6: true}
+	for _, f := range c.families() {
+		w.people(f, c)
+	}
+	install(t, w.p, c)
+	for _, f := range c.families() {
+		a := addressesOf(f)
+		app := socketOf{kind: unix.SOCK_DGRAM, bind: netip.AddrPortFrom(a.pod, 40053)}
+		ztunnel := app
+		ztunnel.mark = ProxyMark
+		for range 2 {
+			for want, s := range map[string]socketOf{"15053": app, "remote": ztunnel} {
+				got, err := w.ask(w.p, s, netip.AddrPortFrom(a.remote, 53), patience)
+				if want := fmt.Sprintf("%s peer=%v", want, a.pod); err != nil || got != want {
+					t.Errorf("%s: %q, %v; want %s", f.name, got, err, want)
+				}
+			}
+		}
+	}
+}
+
+// A connection that was there before is counted, and reset.
+func TestOpenConnections(t *testing.T) {
+	w := newWorld(t)
+	c := Config{Mode: Redirect, IPv6: true}
+	a := addressesOf(v4())
+	l, err := socketOf{kind: unix.SOCK_STREAM, bind: netip.MustParseAddrPort("0.0.0.0:9999")}.in(w.r)
+	w.must(err)
+	defer unix.Close(l)
+	w.must(unix.Listen(l, 1))
+	fd, err := socketOf{kind: unix.SOCK_STREAM, bind: netip.MustParseAddrPort("0.0.0.0:0")}.in(w.p)
+	w.must(err)
+	defer unix.Close(fd)
+	w.must(unix.Connect(fd, sockaddr(netip.AddrPortFrom(a.remote, 9999))))
+
+	report, err := Install(w.p, c)
+	if err != nil || report.Open != 1 {
+		t.Errorf("%+v, %v", report, err)
+	}
+	if report, err := Install(w.p, c); err != nil || report.Open != 0 {
+		t.Errorf("again: %+v, %v", report, err)
+	}
+	tv := unix.NsecToTimeval(patience.Nanoseconds())
+	w.must(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
+	unix.Write(fd, []byte("?"))
+	if _, err := unix.Read(fd, make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("read: %v", err)
+	}
+}
+
+// With no ztunnel a captured pod is closed in both modes, and without our rules
+// it is open, but nobody can speak in another's name.
+func TestClosedWithoutZtunnel(t *testing.T) {
+	for _, mode := range []Mode{Redirect, TProxy} {
+		w := newWorld(t)
+		stream := socketOf{kind: unix.SOCK_STREAM}
+		for _, f := range []family{v4(), v6()} {
+			a := addressesOf(f)
+			for ns, at := range map[string]netip.Addr{"P": a.pod, "R": a.remote} {
+				s := stream
+				s.bind = netip.AddrPortFrom(at, appPort)
+				w.listen(map[string]*netns.NS{"P": w.p, "R": w.r}[ns], "app", s)
+			}
+		}
+		for _, captured := range []bool{false, true} {
+			if captured {
+				install(t, w.p, Config{Mode: mode, IPv6: true})
+			}
+			for _, f := range []family{v4(), v6()} {
+				a := addressesOf(f)
+				wait := patience
+				if captured {
+					wait = silence
+				}
+				if _, err := w.ask(w.r, stream, netip.AddrPortFrom(a.pod, appPort), wait); (err != nil) != captured {
+					t.Errorf("%s, %s: inbound, captured %v: %v", mode, f.name, captured, err)
+				}
+				if _, err := w.ask(w.p, stream, netip.AddrPortFrom(a.remote, appPort), wait); (err != nil) != captured {
+					t.Errorf("%s, %s: outbound, captured %v: %v", mode, f.name, captured, err)
+				}
+				spoof := socketOf{kind: unix.SOCK_STREAM, mark: ProxyMark, transparent: true, bind: netip.AddrPortFrom(a.remote, 0)}
+				if captured {
+					wait = patience
+				} else {
+					wait = silence
+				}
+				if _, err := w.ask(w.p, spoof, netip.AddrPortFrom(a.pod, appPort), wait); (err == nil) != captured {
+					t.Errorf("%s, %s: as R, captured %v: %v", mode, f.name, captured, err)
+				}
+			}
+		}
+	}
+}
+
+// REDIRECT does not reach a listener on loopback; one on any other address, or
+// none yet, is fine.
+func TestLoopbackOnly(t *testing.T) {
+	for bind, refused := range map[string]bool{"127.0.0.1:15006": true, "[::1]:15008": true, "0.0.0.0:15006": false, "[::]:15008": false, "127.0.0.1:15001": false} {
+		w := &world{t: t, p: newWorld(t).p}
+		w.listen(w.p, "z", socketOf{kind: unix.SOCK_STREAM, bind: netip.MustParseAddrPort(bind)})
+		_, err := Install(w.p, Config{Mode: Redirect, IPv6: true})
+		if errors.Is(err, ErrLoopbackOnly) != refused || (err != nil) != refused {
+			t.Errorf("%s: %v", bind, err)
+		}
+		if refused && !strings.Contains(err.Error(), "tproxy") {
+			t.Errorf("%s: %v does not say what to do", bind, err)
+		}
+		install(t, w.p, Config{Mode: TProxy, IPv6: true})
+	}
+}
+
+// This kernel has everything; a kernel's refusals are read as what they prove.
+func TestKernel(t *testing.T) {
+	w := newWorld(t)
+	p, err := open(w.p)
+	w.must(err)
+	defer p.close()
+	before := state(t, w.p)
+	for _, f := range (Config{Mode: TProxy, DNS: true}).features() {
+		if answer, err := p.probe(f); answer != Works {
+			t.Errorf("%s: %v (%v)", f.name, answer, err)
+		}
+	}
+	same(t, "after", state(t, w.p), before)
+	if answer, _ := p.probe(feature{base: chain{name: "c", kind: "nosuchtype", hook: "output", jump: "-"}}); answer != Absent {
+		t.Errorf("a type that there is not: %v", answer)
+	}
+	for err, want := range map[error]Answer{nil: Works, fmt.Errorf("x: %w", unix.EOPNOTSUPP): Absent, unix.EBUSY: Unknown, errors.New("?"): Unknown} {
+		if got := judge(err); got != want {
+			t.Errorf("%v: %v", err, got)
+		}
+	}
+	if err := lacks(unix.EPERM, "CAP_NET_ADMIN"); !errors.Is(err, ErrCapability) || !strings.Contains(err.Error(), "setcap cap_sys_admin,cap_net_admin+ep /") {
+		t.Errorf("got %v", err)
+	}
+}
