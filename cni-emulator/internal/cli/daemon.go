@@ -90,8 +90,8 @@ type unconfirmedError struct{ error }
 
 func (unconfirmedError) Is(target error) bool { return target == handoff.ErrNotConfirmed }
 
-// printable makes a ztunnel's words safe for a terminal. Its longer ones have
-// several lines.
+// printable makes a ztunnel's words, or a path, safe for a terminal. A ztunnel's
+// longer ones have several lines.
 func printable(s string) string {
 	s = strings.ReplaceAll(s, "\n", "; ")
 	return strings.Map(func(r rune) rune {

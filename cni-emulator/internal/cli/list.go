@@ -120,7 +120,7 @@ func printPods(w io.Writer, pods []control.Pod, now time.Time) error {
 				trouble += fmt.Sprintf(" (%s ago)", ago(now, *p.LastErrorAt))
 			}
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Namespace, p.Name, p.UID, ns, p.Path, strings.Join(said, ", "), trouble)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Namespace, p.Name, p.UID, ns, printable(p.Path), strings.Join(said, ", "), trouble)
 	}
 	return t.Flush()
 }
@@ -129,13 +129,13 @@ func printPods(w io.Writer, pods []control.Pod, now time.Time) error {
 func printStatus(w io.Writer, a control.Agent, now time.Time) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "agent:\tpid %d in %s, for %s\n", a.PID, a.NetNS, ago(now, a.Since))
-	fmt.Fprintf(t, "ztunnels at:\t%s\n", a.ZDS)
-	fmt.Fprintf(t, "verbs at:\t%s\n", a.Control)
+	fmt.Fprintf(t, "ztunnels at:\t%s\n", printable(a.ZDS))
+	fmt.Fprintf(t, "verbs at:\t%s\n", printable(a.Control))
 	if a.State != "" {
-		fmt.Fprintf(t, "state in:\t%s\n", a.State)
+		fmt.Fprintf(t, "state in:\t%s\n", printable(a.State))
 	}
 	if a.Watch != "" {
-		fmt.Fprintf(t, "watches:\t%s\n", a.Watch)
+		fmt.Fprintf(t, "watches:\t%s\n", printable(a.Watch))
 	}
 	fmt.Fprintf(t, "pods:\t%d\n", a.Pods)
 	fmt.Fprintf(t, "ztunnels:\t%d\n", len(a.Ztunnels))
