@@ -174,6 +174,19 @@ func TestManyZtunnels(t *testing.T) {
 	late.expect("snapshot_sent")
 }
 
+// Beyond the first ones ztunnels are served at five a second: however slow this
+// machine is, the sixth after them has waited for six turns.
+func TestZtunnelsArePaced(t *testing.T) {
+	n := start(t)
+	began := time.Now()
+	for range acceptBurst + 6 {
+		n.ztunnel().close()
+	}
+	if took := time.Since(began); took < 6*acceptEvery {
+		t.Errorf("%d ztunnels were served within %v", acceptBurst+6, took)
+	}
+}
+
 // What a thousand pods cost a ztunnel that has just come.
 func BenchmarkSnapshot(b *testing.B) {
 	const pods = 1000
