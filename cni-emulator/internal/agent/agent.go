@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/cni-emulator/internal/redirect"
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/uds"
 	"ambient-emulator/internal/zds"
@@ -35,6 +36,7 @@ type Config struct {
 	Match   string    // glob of their names; "": all but a container runtime's
 	Trace   io.Writer // gets a line for each ZDS packet; nil: nobody
 	Log     *slog.Logger
+	Capture redirect.Config // of pods of which nothing else is said
 }
 
 // Agent is a node agent. New makes it, Run runs it.
@@ -49,7 +51,9 @@ type Agent struct {
 
 	keeper  *keeper
 	watcher *watcher // or nil
-	blind   bool     // cookies can't be read; see cookie
+	rules   turns
+	parting sync.WaitGroup // of those who take rules out
+	blind   bool           // cookies can't be read; see cookie
 
 	mu         sync.Mutex
 	pods       map[string]*pod // by uid
@@ -81,6 +85,11 @@ func New(cfg Config) (*Agent, error) {
 	if host, err := netns.Open("/proc/1/ns/net"); err == nil {
 		a.host = host.ID()
 		host.Close()
+	}
+	if c := cfg.Capture; c.Mode != "" && c.Mode != redirect.None {
+		if err := redirect.Able(); err != nil {
+			return nil, fmt.Errorf("capture pods: %w", err)
+		}
 	}
 	// The verbs' socket first: it is what tells that another agent runs.
 	if a.controlUDS, err = uds.Listen(control.Network, cfg.Control); err != nil {
@@ -142,6 +151,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		part(a.watcher.run)
 	}
 	wg.Wait()
+	a.parting.Wait() // every ztunnel has answered, or its connection has ended
 	close(stop)
 	keeping.Wait()
 	a.log.Info("stopped", "pods", len(a.pods))

@@ -110,6 +110,12 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 		h.release()
 		return false, err
 	}
+	// Until the pod stands in the table, or does not.
+	defer a.rules.lock(ns.ID())()
+	if err := a.capture(&id, ns, watched); err != nil {
+		h.release()
+		return false, err
+	}
 
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -139,6 +145,10 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 		p.netns = h
 		a.log.Info("pod's namespace is at hand again", "pod", p, "uid", id.UID, "netns", ns.ID())
 	default:
+		if p.captured() && p.netns != nil {
+			left := p.netns.hold()
+			a.parting.Go(func() { a.abandon(left) })
+		}
 		a.unbind(p, ErrReplaced)
 		p.PodID, p.watched, p.netns = id, watched, h
 		a.log.Info("pod replaced", "pod", p, "uid", id.UID, "netns", ns.ID())
@@ -210,16 +220,17 @@ func (a *Agent) Find(id control.PodID) (uid string, err error) {
 // Delete forgets a pod and tells every ztunnel. Each of the n gives one outcome:
 // its answer, or the error with which its connection ended. One that has left
 // (zds.Gone) comes back to a snapshot without the pod, or is no more. One that was
-// dropped may hang, and serve the pod meanwhile.
-func (a *Agent) Delete(uid string) (n int, outcomes <-chan Outcome, err error) {
+// dropped may hang, and serve the pod meanwhile. After that the pod's rules are
+// taken out, and rules tells whether they could be; it is nil if there are none.
+func (a *Agent) Delete(uid string) (n int, outcomes <-chan Outcome, rules <-chan error, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	p := a.pods[uid]
 	if p == nil {
-		return 0, nil, fmt.Errorf("%w: uid %s", ErrNoPod, uid)
+		return 0, nil, nil, fmt.Errorf("%w: uid %s", ErrNoPod, uid)
 	}
-	n, outcomes = a.remove(p)
-	return n, outcomes, nil
+	n, outcomes, rules = a.remove(p)
+	return n, outcomes, rules, nil
 }
 
 // deleteWatched is Delete of a pod whose file is gone, if the file had made it.
@@ -244,7 +255,11 @@ func (a *Agent) watchedIn(dir string) (names []string) {
 }
 
 // remove is Delete with the lock held.
-func (a *Agent) remove(p *pod) (n int, outcomes <-chan Outcome) {
+func (a *Agent) remove(p *pod) (n int, outcomes <-chan Outcome, rules <-chan error) {
+	var left *handle
+	if p.captured() && p.netns != nil {
+		left = p.netns.hold()
+	}
 	a.unbind(p, ErrDeleted)
 	delete(a.pods, p.UID)
 	a.changed()
@@ -254,7 +269,12 @@ func (a *Agent) remove(p *pod) (n int, outcomes <-chan Outcome) {
 	for _, z := range a.ztunnels {
 		a.push(z, &op{what: "del", uid: p.UID, req: zds.Del(p.UID), done: answers})
 	}
-	return len(a.ztunnels), answers
+	if left == nil {
+		return cap(answers), answers, nil
+	}
+	handedOn, released := make(chan Outcome, cap(answers)), make(chan error, 1)
+	a.parting.Go(func() { a.uncapture(left, cap(answers), answers, handedOn, released) })
+	return cap(answers), handedOn, released
 }
 
 // List returns all pods, by namespace, name and uid.

@@ -88,6 +88,14 @@ func (a *Agent) restorePod(r record) error {
 		a.pods[p.UID] = p
 		return nil
 	}
+	// Its rules are in place, or they come now: nobody hears of it without them.
+	if err := a.capture(&p.PodID, ns, false); err != nil {
+		h.release()
+		p.fail(err.Error())
+		a.pods[p.UID] = p
+		a.log.Warn("pod kept, but it can't be captured; add it again", append(args, "error", err)...)
+		return nil
+	}
 	// Another one, under the pod's own path: a new pod in the place of the old.
 	// Unknown: it goes out as an add all the same. ztunnel still holds the
 	// namespace that it had, and knows by device and inode whether this is it.

@@ -191,7 +191,7 @@ func (a *Agent) doDel(ctx context.Context, id control.PodID, wait time.Duration)
 	if err != nil {
 		return err
 	}
-	n, outcomes, err := a.Delete(uid)
+	n, outcomes, rules, err := a.Delete(uid)
 	switch {
 	case err != nil:
 		return err
@@ -215,6 +215,18 @@ func (a *Agent) doDel(ctx context.Context, id control.PodID, wait time.Duration)
 			}
 		case <-timeout:
 			return fmt.Errorf("%w: %d of %d ztunnels have not answered within %v", errUnconfirmed, n-i, n, wait)
+		case <-ctx.Done():
+			return ErrStopping
+		}
+	}
+	if rules != nil {
+		select {
+		case err := <-rules:
+			if err != nil {
+				errs = append(errs, fmt.Errorf("the agent has forgotten the pod, but %w", err))
+			}
+		case <-timeout:
+			return fmt.Errorf("%w: the pod's rules are not out of it within %v", errUnconfirmed, wait)
 		case <-ctx.Done():
 			return ErrStopping
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/cni-emulator/internal/redirect"
 	"ambient-emulator/internal/netns"
 )
 
@@ -159,16 +160,11 @@ func (w *watcher) came(name string) {
 	path := filepath.Join(w.dir, name)
 	ns, err := netns.Open(path)
 	if err != nil {
-		wait, known := w.arriving[name]
-		if !known {
-			wait.until, w.look = time.Now().Add(arrival), lookFirst
-		}
-		wait.err = err
-		w.arriving[name] = wait
+		w.await(name, err)
 		return
 	}
-	delete(w.arriving, name)
 	if w.pods[name] == ns.ID() {
+		delete(w.arriving, name)
 		ns.Close()
 		return
 	}
@@ -176,6 +172,11 @@ func (w *watcher) came(name string) {
 	id.UID = control.DefaultUID(id.Namespace, id.Name)
 	nsID := ns.ID()
 	_, err = w.a.Add(id, ns, true, nil) // takes ns
+	if errors.Is(err, redirect.ErrLoDown) {
+		w.await(name, err) // whoever makes a namespace sets lo up next
+		return
+	}
+	delete(w.arriving, name)
 	if err != nil {
 		// The node's own namespace has a name in some directories (Docker's
 		// "default"), and a pod may have a second name.
@@ -187,6 +188,16 @@ func (w *watcher) came(name string) {
 	}
 	w.pods[name] = nsID
 	delete(w.taken, name)
+}
+
+// await looks at a file again that is no pod yet.
+func (w *watcher) await(name string, why error) {
+	wait, known := w.arriving[name]
+	if !known {
+		wait.until, w.look = time.Now().Add(arrival), lookFirst
+	}
+	wait.err = why
+	w.arriving[name] = wait
 }
 
 // left ends the pod whose file is gone, unless a person has made it. Its name may

@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/cni-emulator/internal/redirect"
 	"ambient-emulator/internal/netns"
 )
 
@@ -60,6 +62,7 @@ func onePod(cmd *cobra.Command, args []string) error {
 func newAdd() *cobra.Command {
 	var p podFlags
 	var path string
+	var dns bool
 	cmd := &cobra.Command{
 		Use:   "add NAME",
 		Short: "Make a network namespace a pod of the running agent",
@@ -84,6 +87,9 @@ Exit codes:
 		ValidArgsFunction: completeNetNS,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p.pod.Name = args[0]
+			if cmd.Flags().Changed("dns-capture") {
+				p.pod.DNSCapture = strconv.FormatBool(dns)
+			}
 			return p.add(cmd, path)
 		},
 	}
@@ -91,6 +97,8 @@ Exit codes:
 	f.SortFlags = false
 	f.StringVar(&path, "netns", "", "path of the network namespace (default "+netnsDir+"/NAME)")
 	f.StringVar(&p.pod.ServiceAccount, "service-account", "default", "the pod's service account")
+	f.StringVar(&p.pod.Capture, "capture", "", "how its traffic is captured: none, redirect or tproxy (default: as the agent does)")
+	f.BoolVar(&dns, "dns-capture", false, "send its DNS to ztunnel, too (default: as the agent does)")
 	p.register(cmd, "the pod's uid (default: follows from namespace and name)")
 	return cmd
 }
@@ -100,6 +108,11 @@ func (p *podFlags) add(cmd *cobra.Command, path string) error {
 	wait, err := p.wait()
 	if err != nil {
 		return err
+	}
+	if p.pod.Capture != "" {
+		if _, err := redirect.ParseMode(p.pod.Capture); err != nil {
+			return usageError{fmt.Errorf("--%w", err)}
+		}
 	}
 	if path == "" {
 		path = filepath.Join(netnsDir, p.pod.Name)

@@ -16,13 +16,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/cni-emulator/internal/agent"
+	"ambient-emulator/cni-emulator/internal/redirect"
 )
 
 // serve is the node agent, from its sockets until a signal.
 type serve struct {
 	zds, control, state string
 	watch, match        string
-	trace               bool
+	capture             string
+	dns, trace          bool
 	stderr              io.Writer
 }
 
@@ -40,12 +42,17 @@ namespaces from their paths.
 
 It needs no capability: verbs open namespaces, ztunnel enters them. With
 CAP_SYS_ADMIN it can tell, after a restart, whether a path still leads to the same
-namespace.`,
+namespace. To capture pods it needs CAP_SYS_ADMIN and CAP_NET_ADMIN.
+
+With --capture a pod's traffic goes through ztunnel's listeners: the rules are in
+the pod before ztunnel hears of it, and come out when ztunnel has let it go. They
+stay when the agent ends.`,
 		Example: `  sudo cni-emulator serve &
   sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock &
   sudo ip netns add web && sudo ip -n web link set lo up
   sudo cni-emulator add web
   sudo cni-emulator list
+  sudo cni-emulator serve --capture redirect
   sudo cni-emulator serve --watch /var/run/netns    # then ip netns add alone makes a pod
 
 Exit codes:
@@ -67,6 +74,8 @@ Exit codes:
 	f.StringVar(&s.control, "control-uds", defaultPath("control.sock"), "where verbs connect")
 	f.StringVar(&s.watch, "watch", "", "make a pod of every namespace in this directory, such as "+netnsDir)
 	f.StringVar(&s.match, "match", "", "with --watch: only of files with such names, a glob (default all but a container runtime's cni-UUID)")
+	f.StringVar(&s.capture, "capture", string(redirect.None), "how pods' traffic is captured: none, redirect, or tproxy for listeners on 127.0.0.1")
+	f.BoolVar(&s.dns, "dns-capture", false, "with --capture: send the pods' DNS to ztunnel, too (port 15053)")
 	f.StringVar(&s.state, "state", "", "the file that remembers the pods for the agent's next start; '' for none (default beside --control-uds)")
 	f.BoolVar(&s.trace, "trace-zds", false, "print each ZDS packet on stderr")
 	return cmd
@@ -86,10 +95,17 @@ func (s *serve) run() error {
 	if s.match != "" && s.watch == "" {
 		return usageError{errors.New("--match without --watch matches nothing")}
 	}
+	mode, err := redirect.ParseMode(s.capture)
+	if err != nil {
+		return usageError{fmt.Errorf("--%w", err)}
+	}
+	if s.dns && mode == redirect.None {
+		return usageError{errors.New("--dns-capture without --capture captures nothing")}
+	}
 	if err := makeRunDir(s.zds, s.control); err != nil {
 		return err
 	}
-	cfg := agent.Config{ZDS: s.zds, Control: s.control, State: s.state, Watch: s.watch, Match: s.match, Log: slog.New(slog.NewTextHandler(s.stderr, nil))}
+	cfg := agent.Config{ZDS: s.zds, Control: s.control, State: s.state, Watch: s.watch, Match: s.match, Capture: redirect.Config{Mode: mode, DNS: s.dns, IPv6: true}, Log: slog.New(slog.NewTextHandler(s.stderr, nil))}
 	if s.trace {
 		cfg.Trace = s.stderr
 	}

@@ -64,7 +64,9 @@ type PodID struct {
 	Name           string `json:"name"`
 	Namespace      string `json:"namespace"`
 	ServiceAccount string `json:"serviceAccount,omitempty"`
-	Path           string `json:"path,omitempty"` // only remembered; the descriptor is what counts
+	Path           string `json:"path,omitempty"`       // only remembered; the descriptor is what counts
+	Capture        string `json:"capture,omitempty"`    // none, redirect or tproxy; "": as the agent does
+	DNSCapture     string `json:"dnsCapture,omitempty"` // true or false; "": as the agent does
 }
 
 // Reply is one packet of the daemon's answer.

@@ -8,6 +8,8 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/netns"
 )
 
 // Answer is what is known of something that a kernel may have.
@@ -98,6 +100,25 @@ func (p *pod) explain(err error, c Config) error {
 		return fmt.Errorf("%w: %v whether this kernel has: %s", err, Unknown, strings.Join(unknown, ", "))
 	}
 	return fmt.Errorf("%w, though the kernel has all that is needed", err)
+}
+
+// Able tells at once whether this process may capture pods at all, by the harmless
+// version of the real thing: it visits the namespace that it is in, and looks at
+// the tables there, which needs the same as writing them.
+func Able() error {
+	home, err := netns.Home()
+	if err != nil {
+		return err
+	}
+	p, err := open(home)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	if _, err := p.nft.ListTables(); err != nil {
+		return fmt.Errorf("list the tables of nftables: %w", lacks(err, "CAP_NET_ADMIN"))
+	}
+	return nil
 }
 
 // lacks names the capability that a refused step needs, and the command that

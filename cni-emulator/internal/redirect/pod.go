@@ -34,7 +34,7 @@ func open(ns *netns.NS) (*pod, error) {
 	_, err := ns.Do(p.openInside)
 	if err != nil {
 		p.close()
-		return nil, fmt.Errorf("%v: %w", ns.ID(), lacks(err, "CAP_SYS_ADMIN"))
+		return nil, lacks(err, "CAP_SYS_ADMIN")
 	}
 	return p, nil
 }

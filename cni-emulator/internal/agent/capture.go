@@ -1,0 +1,160 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+
+	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/cni-emulator/internal/redirect"
+	"ambient-emulator/internal/netns"
+)
+
+// errRules marks what a deleted pod keeps.
+var errRules = errors.New("its rules are left in the pod, which stays closed; `cni-emulator rules remove --netns PATH` takes them out")
+
+// captured tells whether the pod's rules are ours to take out.
+func (p *pod) captured() bool { return p.Capture != "" && redirect.Mode(p.Capture) != redirect.None }
+
+// captureOf tells how a pod is to be captured: as was said of it, or else as the
+// agent does. It judges the words.
+func (a *Agent) captureOf(id control.PodID) (redirect.Config, error) {
+	c := a.cfg.Capture
+	if c.Mode == "" {
+		c.Mode = redirect.None
+	}
+	var err error
+	if id.Capture != "" {
+		if c.Mode, err = redirect.ParseMode(id.Capture); err != nil {
+			return c, err
+		}
+	}
+	if id.DNSCapture != "" {
+		if c.DNS, err = strconv.ParseBool(id.DNSCapture); err != nil {
+			return c, fmt.Errorf("DNS capture %q: it is true or false", id.DNSCapture)
+		}
+	}
+	return c, nil
+}
+
+// capture puts the pod's rules in place before anybody hears of the pod: a
+// namespace that is not captured is not handed over. It writes into id how the
+// pod is captured now, whatever the agent will do by itself after a restart. The
+// caller holds the namespace's rules.
+func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) error {
+	a.mu.Lock()
+	p, other := a.pods[id.UID], a.byNetNS[ns.ID()]
+	taken := other != nil && other.UID != id.UID
+	was := other != nil && other.captured()
+	if p != nil && watched && !p.watched && p.Path == id.Path {
+		id.Capture, id.DNSCapture = p.Capture, p.DNSCapture // what a person has said stands
+	}
+	a.mu.Unlock()
+	if taken {
+		return nil // Add says so, and nothing is touched
+	}
+
+	c, err := a.captureOf(*id)
+	switch {
+	case err != nil:
+		return err
+	case c.Mode != redirect.None:
+		report, err := redirect.Install(ns, c)
+		if err != nil {
+			return err
+		}
+		if report.Open > 0 {
+			a.log.Warn("the pod's open connections will be reset at their next packet: it is captured while it runs", "pod", id.Namespace+"/"+id.Name, "uid", id.UID, "connections", report.Open)
+		}
+		id.DNSCapture = strconv.FormatBool(c.DNS)
+	case was:
+		if err := redirect.Remove(ns); err != nil {
+			return err
+		}
+		fallthrough
+	default:
+		id.DNSCapture = ""
+	}
+	if c.Mode != redirect.None || id.Capture != "" {
+		id.Capture = string(c.Mode)
+	}
+	return nil
+}
+
+// uncapture takes the rules out of a namespace that is no pod's any more, once the
+// n ztunnels have answered the delete: until then they may serve it. A ztunnel
+// that says no may go on; then the rules stay, and the pod is closed rather than
+// open. It takes h over, and hands each outcome on.
+func (a *Agent) uncapture(h *handle, n int, answers <-chan Outcome, outcomes chan<- Outcome, rules chan<- error) {
+	defer h.release()
+	nacked := false
+	for range n {
+		o := <-answers
+		nacked = nacked || o.Nack != ""
+		outcomes <- o
+	}
+	var err error
+	if nacked {
+		err = errRules
+	} else if err = a.removeRules(h.ns); err != nil {
+		err = fmt.Errorf("%w: %w", errRules, err)
+	}
+	if err != nil {
+		a.log.Warn("pod deleted, but not released", "netns", h.ns.ID(), "error", err)
+	}
+	rules <- err
+}
+
+// abandon is uncapture of a namespace that its pod has left for another: there is
+// no delete that a ztunnel could answer. It takes h over.
+func (a *Agent) abandon(h *handle) {
+	defer h.release()
+	if err := a.removeRules(h.ns); err != nil {
+		a.log.Warn("pod replaced, but the namespace that it had is not released", "netns", h.ns.ID(), "error", err)
+	}
+}
+
+// removeRules takes the rules out, unless the namespace is a pod's again.
+func (a *Agent) removeRules(ns *netns.NS) error {
+	defer a.rules.lock(ns.ID())()
+	a.mu.Lock()
+	again := a.byNetNS[ns.ID()] != nil
+	a.mu.Unlock()
+	if again {
+		return nil
+	}
+	return redirect.Remove(ns)
+}
+
+// turns gives each namespace's rules to one at a time. Whoever asks holds the
+// namespace open, so that its ID is its own.
+type turns struct {
+	mu   sync.Mutex
+	busy map[netns.ID]chan struct{}
+}
+
+// lock waits for the turn, and returns what ends it.
+func (t *turns) lock(id netns.ID) (unlock func()) {
+	for {
+		t.mu.Lock()
+		done, busy := t.busy[id]
+		if !busy {
+			break
+		}
+		t.mu.Unlock()
+		<-done
+	}
+	if t.busy == nil {
+		t.busy = make(map[netns.ID]chan struct{})
+	}
+	done := make(chan struct{})
+	t.busy[id] = done
+	t.mu.Unlock()
+	return func() {
+		t.mu.Lock()
+		delete(t.busy, id)
+		t.mu.Unlock()
+		close(done)
+	}
+}

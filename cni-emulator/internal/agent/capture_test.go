@@ -1,0 +1,216 @@
+package agent
+
+import (
+	"errors"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/cni-emulator/internal/redirect"
+	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/netns/netnstest"
+)
+
+func capturing() Config {
+	return Config{Capture: redirect.Config{Mode: redirect.Redirect, IPv6: true}}
+}
+
+// capturedAs returns what the pod's rules say of themselves: "capture redirect,
+// DNS off, IPv6 on", or "nothing is captured here".
+func capturedAs(t testing.TB, ns *netns.NS) string {
+	t.Helper()
+	text, err := redirect.Show(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, _, _ := strings.Cut(text, "\n")
+	_, words, _ := strings.Cut(first, ": ")
+	return words
+}
+
+const (
+	free          = "nothing is captured here"
+	byRedirect    = "capture redirect, DNS off, IPv6 on"
+	byRedirectDNS = "capture redirect, DNS on, IPv6 on"
+	byTProxy      = "capture tproxy, DNS off, IPv6 on"
+)
+
+func expectCaptured(t testing.TB, ns *netns.NS, when, want string) {
+	t.Helper()
+	if got := capturedAs(t, ns); got != want {
+		t.Errorf("%s: %s; want %s", when, got, want)
+	}
+}
+
+// The rules are in before ztunnel hears of the pod, and out after it has let it go.
+func TestRulesAroundTheHandover(t *testing.T) {
+	n := startWith(t, capturing(), nil)
+	z := n.ztunnel()
+	web := netnstest.New(t)
+
+	done := make(chan error, 1)
+	go func() { _, err := n.add(named("web"), web, patience); done <- err }()
+	z.nextAdd("web", web)
+	expectCaptured(t, web, "as ztunnel hears of it", byRedirect)
+	z.ack()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if p := n.list()["web"]; p.Capture != "redirect" || p.DNSCapture != "false" {
+		t.Errorf("list: %+v", p)
+	}
+
+	go func() { done <- n.del(named("web"), patience) }()
+	if got := z.next(); got != `del uid="uid-web"` {
+		t.Fatal(got)
+	}
+	expectCaptured(t, web, "before ztunnel has let it go", byRedirect)
+	z.ack()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	expectCaptured(t, web, "afterwards", free)
+}
+
+// A ztunnel that says no leaves the pod closed: to the add, and to the delete.
+func TestNackLeavesTheRules(t *testing.T) {
+	n := startWith(t, capturing(), nil)
+	z := n.ztunnel()
+	web := netnstest.New(t)
+	done := make(chan error, 1)
+	go func() { _, err := n.add(named("web"), web, patience); done <- err }()
+	z.nextAdd("web", web)
+	z.nack("no")
+	if err := <-done; err == nil {
+		t.Error("no error")
+	}
+	expectCaptured(t, web, "after a nack", byRedirect)
+
+	go func() { done <- n.del(named("web"), patience) }()
+	z.next()
+	z.nack("never")
+	if err := <-done; err == nil || !strings.Contains(err.Error(), errRules.Error()) {
+		t.Errorf("del: %v", err)
+	}
+	expectCaptured(t, web, "after a nack to the delete", byRedirect)
+}
+
+// A pod that can't be captured is not handed over, and nothing is left in it.
+func TestNotCapturedNotHandedOver(t *testing.T) {
+	n := startWith(t, capturing(), nil)
+	z := n.ztunnel()
+	down, web := netnstest.NewLoDown(t), netnstest.New(t)
+	if _, err := n.add(named("down"), down, patience); err == nil || !strings.Contains(err.Error(), redirect.ErrLoDown.Error()) {
+		t.Errorf("add: %v", err)
+	}
+	if pods := n.list(); len(pods) != 0 {
+		t.Errorf("list: %+v", pods)
+	}
+	expectCaptured(t, down, "after the failure", free)
+	n.addNow(named("web"), web)
+	z.expectAdd("web", web) // and nothing before it
+}
+
+// Each pod may be captured in its own way, and another one later.
+func TestCaptureOfOnePod(t *testing.T) {
+	n := startWith(t, capturing(), nil)
+	web := netnstest.New(t)
+	id := named("web")
+	for _, step := range []struct{ capture, dns, want string }{
+		{"none", "", free},
+		{"tproxy", "", byTProxy},
+		{"", "true", byRedirectDNS},
+		{"redirect", "false", byRedirect},
+		{"none", "true", free},
+		{"", "", byRedirect},
+	} {
+		id.Capture, id.DNSCapture = step.capture, step.dns
+		n.addNow(id, web)
+		expectCaptured(t, web, step.capture+", DNS "+step.dns, step.want)
+	}
+	for _, bad := range []control.PodID{{Capture: "some"}, {DNSCapture: "perhaps"}} {
+		id.Capture, id.DNSCapture = bad.Capture, bad.DNSCapture
+		if _, err := n.add(id, web, 0); err == nil {
+			t.Errorf("%+v: no error", bad)
+		}
+	}
+	expectCaptured(t, web, "after bad words", byRedirect)
+	// Another pod's namespace is not touched.
+	other := named("other")
+	other.Capture = "tproxy"
+	if _, err := n.add(other, web, 0); err == nil || !strings.Contains(err.Error(), ErrTaken.Error()) {
+		t.Errorf("add: %v", err)
+	}
+	expectCaptured(t, web, "after another pod's add", byRedirect)
+}
+
+// A namespace that its pod has left for another is released.
+func TestReplacedIsReleased(t *testing.T) {
+	n := startWith(t, capturing(), nil)
+	one, two := netnstest.New(t), netnstest.New(t)
+	n.addNow(named("web"), one)
+	n.addNow(named("web"), two)
+	eventually(t, "the first is free", func() bool { return capturedAs(t, one) == free })
+	expectCaptured(t, two, "the second", byRedirect)
+}
+
+// Who comes back while the rules are taken out finds them in place.
+func TestDeletedAndAddedAgain(t *testing.T) {
+	n := startWith(t, capturing(), nil)
+	web := netnstest.New(t)
+	for range 20 {
+		n.addNow(named("web"), web)
+		if err := n.del(named("web"), 0); err != nil { // does not wait for the rules
+			t.Fatal(err)
+		}
+		n.addNow(named("web"), web)
+		expectCaptured(t, web, "added again", byRedirect)
+	}
+	n.stop()
+	expectCaptured(t, web, "after the agent's end", byRedirect)
+}
+
+// The next agent knows what the one before it has captured, and releases it,
+// though it captures nothing by itself.
+func TestNextAgentReleases(t *testing.T) {
+	dir := t.TempDir()
+	cfg := capturing()
+	cfg.ZDS, cfg.Control, cfg.State = filepath.Join(dir, "z"), filepath.Join(dir, "c"), filepath.Join(dir, "state")
+	n := startWith(t, cfg, nil)
+	web := netnstest.New(t)
+	id := named("web")
+	id.Path = fdPath(web)
+	n.addNow(id, web)
+	n.stop()
+	if err := redirect.Remove(web); err != nil { // somebody has flushed them meanwhile
+		t.Fatal(err)
+	}
+
+	cfg.Capture = redirect.Config{IPv6: true}
+	next := startWith(t, cfg, nil)
+	expectCaptured(t, web, "at the next start", byRedirect)
+	if err := next.del(id, patience); err != nil {
+		t.Fatal(err)
+	}
+	expectCaptured(t, web, "deleted", free)
+}
+
+// A watched namespace is a pod as soon as its lo is up.
+func TestWatchWaitsForLo(t *testing.T) {
+	cfg := capturing()
+	cfg.Watch = t.TempDir()
+	web := netnstest.NewLoDown(t)
+	nsFile(t, filepath.Join(cfg.Watch, "web"), web)
+	n := startWith(t, cfg, func(a *Agent) {
+		if err := a.watcher.arriving["web"].err; !errors.Is(err, redirect.ErrLoDown) || len(a.pods) != 0 {
+			t.Errorf("with lo down: %v, %d pods", err, len(a.pods))
+		}
+	})
+	if out, err := exec.Command("nsenter", "--net="+fdPath(web), "ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+		t.Fatalf("set lo up: %v: %s", err, out)
+	}
+	eventually(t, "it is a pod", func() bool { return len(n.list()) == 1 })
+	expectCaptured(t, web, "a pod", byRedirect)
+}
