@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/netns/netnstest"
 )
 
 // What is not TCP or DNS is untouched.
@@ -226,5 +227,39 @@ func TestKernel(t *testing.T) {
 	}
 	if err := lacks(unix.EPERM, "CAP_NET_ADMIN"); !errors.Is(err, ErrCapability) || !strings.Contains(err.Error(), "setcap cap_sys_admin,cap_net_admin+ep /") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A pod with IPv6 disabled is captured in IPv4, and released.
+func TestIPv6Disabled(t *testing.T) {
+	w := newWorld(t)
+	c := Config{Mode: Redirect, DNS: true, IPv6: true, VirtualInterfaces: []string{"tap0"}}
+	w.people(v4(), c)
+	w.sysctl(w.p, "net/ipv6/conf/all/disable_ipv6", "1")
+	before := state(t, w.p)
+	install(t, w.p, c)
+	w.check(t, rows(v4(), c))
+	text, err := Show(w.p)
+	if want := "# ip -6 route add local ::/0 dev lo table 100 (not there: IPv6 is disabled on lo)\n"; err != nil || !strings.Contains(text, want) {
+		t.Errorf("show: %v, no %q in\n%s", err, want, text)
+	}
+	remove(t, w.p)
+	same(t, "after", state(t, w.p), before)
+}
+
+// BenchmarkInstall is what a pod's capture and release cost.
+func BenchmarkInstall(b *testing.B) {
+	ns := netnstest.New(b)
+	for _, mode := range []Mode{Redirect, TProxy} {
+		b.Run(string(mode), func(b *testing.B) {
+			for b.Loop() {
+				if _, err := Install(ns, Config{Mode: mode, DNS: true, IPv6: true}); err != nil {
+					b.Fatal(err)
+				}
+				if err := Remove(ns); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

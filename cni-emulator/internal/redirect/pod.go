@@ -25,7 +25,8 @@ type pod struct {
 	nft   *nftables.Conn
 	links *netlink.Handle // links, routes, policy rules
 	diag  *netlink.Handle // sockets; nil if the kernel has no sock_diag(7)
-	no6   bool            // IPv6 is disabled on lo
+	no6   bool            // the kernel has no IPv6
+	off6  bool            // IPv6 is disabled on lo
 }
 
 // open opens a pod's sockets. ns stays the caller's; the pod is to be closed.
@@ -61,7 +62,8 @@ func (p *pod) openInside() (err error) {
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
 	// Unreadable is as good as enabled, as in the real agent; but where there is
 	// no such file there is no IPv6.
-	p.no6 = err == nil && len(b) > 0 && b[0] == '1' || errors.Is(err, fs.ErrNotExist)
+	p.off6 = err == nil && len(b) > 0 && b[0] == '1'
+	p.no6 = errors.Is(err, fs.ErrNotExist)
 	return nil
 }
 

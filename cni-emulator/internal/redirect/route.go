@@ -54,14 +54,17 @@ func (p *pod) addRoutes(c Config) (undo func() error, err error) {
 		return undo, err
 	}
 	for _, f := range c.families() {
-		if f.af() == unix.AF_INET6 && p.no6 {
+		six := f.af() == unix.AF_INET6
+		if six && p.no6 {
 			continue // no IPv6 packet will ever ask for it
 		}
 		there, _, err := p.findRoute(f)
 		if err != nil {
 			return undo, err
 		}
-		if !there {
+		// Disabled on lo it has no route there; the rule comes all the same, as in
+		// the real agent.
+		if !there && (!six || !p.off6) {
 			if err := p.links.RouteAdd(f.route()); err != nil && !errors.Is(err, unix.EEXIST) {
 				return undo, fmt.Errorf("add the %s route of table %d: %w", f.name, RouteTable, err)
 			}

@@ -101,11 +101,14 @@ func (p *pod) printRoutes(b *bytes.Buffer, f family) error {
 	ip, all := "ip", "0.0.0.0/0"
 	if f.twin != "" {
 		ip, all = "ip -6", "::/0"
+		if p.no6 || p.off6 {
+			missing = " (not there: IPv6 is disabled on lo)"
+		}
 	}
 	if f.twin == "" {
 		fmt.Fprintf(b, "\n# what rule 4 has marked is delivered in the pod, whatever its destination\n")
 	}
-	fmt.Fprintf(b, "# %s rule add pref %d fwmark %#x/%#x lookup %d%s\n", ip, RulePriority, RouteMark, MarkMask, RouteTable, missing)
+	fmt.Fprintf(b, "# %s rule add pref %d fwmark %#x/%#x lookup %d\n", ip, RulePriority, RouteMark, MarkMask, RouteTable)
 	fmt.Fprintf(b, "# %s route add local %s dev lo table %d%s\n", ip, all, RouteTable, missing)
 	return nil
 }

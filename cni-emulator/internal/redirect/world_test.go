@@ -1,7 +1,6 @@
 package redirect
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -66,7 +65,8 @@ func newWorld(t *testing.T) *world {
 		w.route(w.g, "tap0", netip.PrefixFrom(a.tap, 0), a.tap)
 		w.route(w.r, "eth0", netip.PrefixFrom(a.tap, a.tap.BitLen()/2).Masked(), a.pod)
 	}
-	w.forward(w.p)
+	w.sysctl(w.p, "net/ipv4/ip_forward", "1")
+	w.sysctl(w.p, "net/ipv6/conf/all/forwarding", "1")
 	return w
 }
 
@@ -123,17 +123,11 @@ func (w *world) route(ns *netns.NS, link string, to netip.Prefix, via netip.Addr
 	w.must(h.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: &net.IPNet{IP: to.Masked().Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), to.Addr().BitLen())}, Gw: via.AsSlice()}))
 }
 
-func (w *world) forward(ns *netns.NS) {
+// sysctl writes a file that shows each writer its own namespace.
+func (w *world) sysctl(ns *netns.NS, name, value string) {
 	w.t.Helper()
-	_, err := ns.Do(func() error {
-		return errors.Join(
-			os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0),
-			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
-	})
-	if err != nil {
-		// /proc may be of another world that may not be written to.
-		inside(w.t, ns, "", "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
-	}
+	_, err := ns.Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
+	w.must(err)
 }
 
 // socketOf makes a socket in a namespace.
