@@ -40,9 +40,10 @@ func (a *Agent) captureOf(id control.PodID) (redirect.Config, error) {
 
 // capture puts the pod's rules in place before anybody hears of the pod: a
 // namespace that is not captured is not handed over. It writes into id how the
-// pod is captured now, whatever the agent will do by itself after a restart. The
-// caller holds the namespace's rules.
-func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) error {
+// pod is captured now, whatever the agent will do by itself after a restart, and
+// returns how many open connections of the pod do not survive it. The caller holds
+// the namespace's rules.
+func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) (reset int, err error) {
 	a.mu.Lock()
 	p, other := a.pods[id.UID], a.byNetNS[ns.ID()]
 	taken := other != nil && other.UID != id.UID
@@ -52,25 +53,25 @@ func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) error {
 	}
 	a.mu.Unlock()
 	if taken {
-		return nil // Add says so, and nothing is touched
+		return 0, nil // Add says so, and nothing is touched
 	}
 
 	c, err := a.captureOf(*id)
 	switch {
 	case err != nil:
-		return err
+		return 0, err
 	case c.Mode != redirect.None:
 		report, err := redirect.Install(ns, c)
 		if err != nil {
-			return err
+			return 0, err
 		}
-		if report.Open > 0 {
-			a.log.Warn("the pod's open connections will be reset at their next packet: it is captured while it runs", "pod", id.Namespace+"/"+id.Name, "uid", id.UID, "connections", report.Open)
+		if reset = report.Open; reset > 0 {
+			a.log.Warn("the pod's open connections will be reset at their next packet: it is captured while it runs", "pod", id.Namespace+"/"+id.Name, "uid", id.UID, "connections", reset)
 		}
 		id.DNSCapture = strconv.FormatBool(c.DNS)
 	case was:
 		if err := redirect.Remove(ns); err != nil {
-			return err
+			return 0, err
 		}
 		fallthrough
 	default:
@@ -79,7 +80,7 @@ func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) error {
 	if c.Mode != redirect.None || id.Capture != "" {
 		id.Capture = string(c.Mode)
 	}
-	return nil
+	return reset, nil
 }
 
 // uncapture takes the rules out of a namespace that is no pod's any more, once the

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -170,6 +171,40 @@ func TestDeletedAndAddedAgain(t *testing.T) {
 	}
 	n.stop()
 	expectCaptured(t, web, "after the agent's end", byRedirect)
+}
+
+// A pod with open connections is captured all the same; who adds it is told.
+func TestOpenConnectionsAreTold(t *testing.T) {
+	n := startWith(t, capturing(), nil)
+	web := netnstest.New(t)
+	for _, address := range []string{"10.9.9.1/32", "10.9.9.2/32"} {
+		if out, err := exec.Command("nsenter", "--net="+fdPath(web), "ip", "address", "add", address, "dev", "lo").CombinedOutput(); err != nil {
+			t.Fatalf("add an address: %v: %s", err, out)
+		}
+	}
+	var l net.Listener
+	var c net.Conn
+	if _, err := web.Do(func() (err error) {
+		if l, err = net.Listen("tcp4", "10.9.9.1:7777"); err != nil {
+			return err
+		}
+		from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(10, 9, 9, 2)}}
+		c, err = from.Dial("tcp4", "10.9.9.1:7777")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	defer c.Close()
+	notes, err := n.add(named("web"), web, 0)
+	if err != nil || len(notes) != 1 || !strings.HasPrefix(notes[0], "2 open connections of the pod will be reset") {
+		t.Errorf("add: %q, %v", notes, err)
+	}
+	n.await("the pod's open connections will be reset at their next packet")
+	// Captured already, it has nothing to lose.
+	if notes, err := n.add(named("web"), web, 0); err != nil || len(notes) != 0 {
+		t.Errorf("add again: %q, %v", notes, err)
+	}
 }
 
 // The next agent knows what the one before it has captured, and releases it,

@@ -46,6 +46,12 @@ type Outcome struct {
 	Err  error  // nobody will answer any more
 }
 
+// Added is what a person should know of an add that went well.
+type Added struct {
+	Connected bool // there is a ztunnel to answer
+	Reset     int  // open connections of the pod that do not survive its capture
+}
+
 func (p *pod) String() string { return p.Namespace + "/" + p.Name }
 
 func (p *pod) fail(text string) { p.lastError, p.lastErrorAt = text, time.Now() }
@@ -99,22 +105,21 @@ func (a *Agent) checkNetNS(id netns.ID) error {
 // the pod.
 //
 // The outcome goes to waiter, which has room for one, once a ztunnel has
-// answered; waiter may be nil. Add itself waits for nobody. connected tells
-// whether there is a ztunnel to answer.
+// answered; waiter may be nil. Add itself waits for nobody.
 //
 // As in the real agent the add goes out even if nothing has changed: ztunnel
 // takes it as a no-op, and a pod that it could not serve is tried again.
-func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Outcome) (connected bool, err error) {
+func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Outcome) (added Added, err error) {
 	h := newHandle(ns, a.log)
 	if err := cmp.Or(checkWords(id), a.checkNetNS(ns.ID())); err != nil {
 		h.release()
-		return false, err
+		return Added{}, err
 	}
 	// Until the pod stands in the table, or does not.
 	defer a.rules.lock(ns.ID())()
-	if err := a.capture(&id, ns, watched); err != nil {
+	if added.Reset, err = a.capture(&id, ns, watched); err != nil {
 		h.release()
-		return false, err
+		return Added{}, err
 	}
 
 	a.mu.Lock()
@@ -124,7 +129,7 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 	// identity. A handle in the table pins its namespace, so IDs can be compared.
 	if other := a.byNetNS[ns.ID()]; other != nil && other.UID != id.UID {
 		h.release()
-		return false, fmt.Errorf("%w: %v is %s (uid %s); `del` that first", ErrTaken, ns.ID(), other, other.UID)
+		return Added{}, fmt.Errorf("%w: %v is %s (uid %s); `del` that first", ErrTaken, ns.ID(), other, other.UID)
 	}
 	p := a.pods[id.UID]
 	// What a person has said of a pod stands, whatever --watch finds in its
@@ -161,10 +166,11 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 	}
 	z := a.newest()
 	if z == nil {
-		return false, nil
+		return added, nil
 	}
+	added.Connected = true
 	a.push(z, a.addOp(p))
-	return true, nil
+	return added, nil
 }
 
 // unwait takes a waiter back that has lost its patience.

@@ -89,7 +89,7 @@ func (a *Agent) restorePod(r record) error {
 		return nil
 	}
 	// Its rules are in place, or they come now: nobody hears of it without them.
-	if err := a.capture(&p.PodID, ns, false); err != nil {
+	if _, err := a.capture(&p.PodID, ns, false); err != nil {
 		h.release()
 		p.fail(err.Error())
 		a.pods[p.UID] = p

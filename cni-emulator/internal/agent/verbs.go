@@ -157,15 +157,20 @@ func (a *Agent) doAdd(ctx context.Context, v *verb, id control.PodID, fd int, wa
 	if wait == 0 {
 		waiter = nil
 	}
-	connected, err := a.Add(id, ns, false, waiter) // takes ns
-	switch {
-	case err != nil:
+	added, err := a.Add(id, ns, false, waiter) // takes ns
+	if err != nil {
 		return err
-	case wait == 0:
-		return a.onDisk(ctx)
 	}
 	defer a.unwait(id.UID, waiter)
-	if !connected {
+	if added.Reset > 0 {
+		if err := v.reply(control.Reply{Note: fmt.Sprintf("%d open connections of the pod will be reset at their next packet: it is captured while it runs", added.Reset)}); err != nil {
+			return err
+		}
+	}
+	if wait == 0 {
+		return a.onDisk(ctx)
+	}
+	if !added.Connected {
 		if err := v.reply(control.Reply{Note: fmt.Sprintf("no ztunnel is connected; the pod is kept, and waits %v for one", wait)}); err != nil {
 			return err
 		}
