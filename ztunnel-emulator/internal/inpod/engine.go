@@ -27,6 +27,7 @@ type engine struct {
 	// nameOf finds the pod's name, for advice. To look takes long where there are
 	// many; with ZDS the pod has a name of another kind, and nobody looks.
 	nameOf func(netns.ID) string
+	log    *slog.Logger
 
 	answerer *answerer
 	acceptor *acceptor
@@ -58,7 +59,7 @@ func newEngine(addrs []netip.AddrPort, open socketFactory, log *slog.Logger) (*e
 	if err != nil {
 		return nil, err
 	}
-	e := &engine{home: home.ID(), addrs: addrs, open: open, nameOf: func(netns.ID) string { return "" }, answerer: newAnswerer()}
+	e := &engine{home: home.ID(), addrs: addrs, open: open, nameOf: func(netns.ID) string { return "" }, log: log, answerer: newAnswerer()}
 	e.acceptor, err = newAcceptor(e.answerer.answer, log)
 	if err != nil {
 		return nil, err
@@ -118,6 +119,15 @@ func (e *engine) stop(p *pod) error {
 	p.stopped.Store(true)
 	e.answerer.cut(p)
 	return errors.Join(closeAll(p.listeners), p.ns.Close())
+}
+
+// letGo closes a namespace that is no pod, or no longer one. Nobody can be told
+// if that fails, but it must not go unsaid: the kernel could not free it.
+func (e *engine) letGo(ns *netns.NS) {
+	id := ns.ID()
+	if err := ns.Close(); err != nil {
+		e.log.Error("let a namespace go", "netns", id, "error", err)
+	}
 }
 
 // close ends the serving. The pods have been stopped before.

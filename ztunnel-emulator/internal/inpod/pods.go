@@ -69,14 +69,14 @@ func (p *Pods) Add(ns *netns.NS) (Added, error) {
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
-		ns.Close()
+		p.engine.letGo(ns)
 		return Added{}, ErrStopping
 	}
 	there := p.pods[ns.ID()]
 	if there != nil && !there.broken() {
 		p.mu.Unlock()
 		// Ours is one more descriptor of a namespace that there keeps open.
-		ns.Close()
+		p.engine.letGo(ns)
 		<-there.ready
 		return Added{Addrs: p.engine.addrs}, there.err
 	}
@@ -84,7 +84,9 @@ func (p *Pods) Add(ns *netns.NS) (Added, error) {
 	p.pods[ns.ID()] = self
 	p.mu.Unlock()
 	if there != nil {
-		p.engine.stop(there.pod)
+		if err := p.engine.stop(there.pod); err != nil {
+			p.engine.log.Error("end a broken pod", "netns", ns.ID(), "error", err)
+		}
 	}
 
 	var added Added
@@ -93,7 +95,7 @@ func (p *Pods) Add(ns *netns.NS) (Added, error) {
 		p.mu.Lock()
 		delete(p.pods, ns.ID())
 		p.mu.Unlock()
-		ns.Close()
+		p.engine.letGo(ns)
 	}
 	close(self.ready)
 	return added, self.err

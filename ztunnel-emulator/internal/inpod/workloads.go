@@ -109,7 +109,7 @@ func (w *Workloads) Handle(req *zds.WorkloadRequest, fd int) error {
 		ns, err := netns.FromFD(fd) // closes what it refuses, at once
 		if p.Add.WorkloadInfo == nil {
 			if err == nil {
-				ns.Close()
+				w.engine.letGo(ns)
 			}
 			return errNoInfo
 		}
@@ -144,7 +144,8 @@ func (w *Workloads) add(req *zds.AddWorkload, ns *netns.NS, nsErr error) error {
 	if old, ok := w.running[uid]; ok {
 		if ns != nil && old.ns.ID() == ns.ID() && !old.broken.Load() {
 			w.dropPending(uid)
-			return ns.Close()
+			w.engine.letGo(ns)
+			return nil
 		}
 		// The pod's sandbox was made anew, or a listener has died. What is no
 		// namespace at all is another one, too, as far as the real ztunnel can tell.
@@ -242,7 +243,7 @@ func (w *Workloads) dropPending(uid string) {
 	if p, ok := w.pending[uid]; ok {
 		delete(w.pending, uid)
 		if p.ns != nil {
-			p.ns.Close()
+			w.engine.letGo(p.ns)
 		}
 	}
 }
