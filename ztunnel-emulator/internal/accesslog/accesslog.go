@@ -21,11 +21,20 @@ import (
 )
 
 // Target is the key of the attribute that names a logger's target; it is not
-// printed as a field.
+// printed as a field. ztunnel's targets are its module paths: JSON lines keep
+// them whole, plain ones leave out crate.
 const Target = "target"
 
 // Access is the target of the lines about connections.
 const Access = "access"
+
+const crate = "ztunnel::"
+
+// Levels that slog has no name for.
+const (
+	LevelTrace = slog.LevelDebug - 4
+	LevelOff   = slog.LevelError + 4 // as Options.Level: nothing is printed
+)
 
 // Options say how lines look.
 type Options struct {
@@ -38,7 +47,7 @@ func New(w io.Writer, o Options) *slog.Logger {
 	if o.Level == nil {
 		o.Level = slog.LevelInfo
 	}
-	return slog.New(&handler{out: &output{w: w}, opts: o, target: "app"})
+	return slog.New(&handler{out: &output{w: w}, opts: o, target: crate + "app"})
 }
 
 // output serialises lines.
@@ -118,7 +127,7 @@ func (h *handler) Handle(_ context.Context, r slog.Record) error {
 const timeFormat = "2006-01-02T15:04:05.000000Z"
 
 func (h *handler) plain(b *strings.Builder, r slog.Record) {
-	fmt.Fprintf(b, "%s\t%s\t%s\t%s\t", r.Time.UTC().Format(timeFormat), level(r.Level), h.target, r.Message)
+	fmt.Fprintf(b, "%s\t%s\t%s\t%s\t", r.Time.UTC().Format(timeFormat), level(r.Level), strings.TrimPrefix(h.target, crate), r.Message)
 	for i, f := range h.fields {
 		if i > 0 {
 			b.WriteByte(' ')

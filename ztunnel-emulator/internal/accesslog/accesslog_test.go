@@ -64,6 +64,30 @@ func TestJSON(t *testing.T) {
 	}
 }
 
+// A module's path stands whole in JSON lines only.
+func TestTarget(t *testing.T) {
+	var buf bytes.Buffer
+	for _, tt := range []struct {
+		json   bool
+		target string
+		want   string
+	}{
+		{false, "ztunnel::inpod", "\tinpod\t"},
+		{true, "ztunnel::inpod", `"scope":"ztunnel::inpod"`},
+		{false, "", "\tapp\t"},
+		{true, "", `"scope":"ztunnel::app"`},
+		{true, Access, `"scope":"access"`},
+	} {
+		log := New(&buf, Options{JSON: tt.json})
+		if tt.target != "" {
+			log = log.With(Target, tt.target)
+		}
+		if line := at(log, &buf, slog.LevelInfo, "m"); !strings.Contains(line, tt.want) {
+			t.Errorf("%q has no %q", line, tt.want)
+		}
+	}
+}
+
 func TestLevels(t *testing.T) {
 	var buf bytes.Buffer
 	log := New(&buf, Options{})

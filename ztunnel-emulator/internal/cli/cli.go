@@ -53,8 +53,9 @@ func Main(args []string, stdout, stderr io.Writer) int {
 }
 
 func newRoot(stdout, stderr io.Writer) *cobra.Command {
-	s := serve{stdout: stdout, stderr: stderr}
-	z := serveZDS{stderr: stderr}
+	logs := new(logging)
+	s := serve{stdout: stdout, stderr: stderr, logging: logs}
+	z := serveZDS{stderr: stderr, logging: logs}
 	root := &cobra.Command{
 		Use:   "ztunnel-emulator <uds_path> | --inpod-uds PATH",
 		Short: "Take pods' network namespaces from a socket and serve listeners inside them",
@@ -86,6 +87,12 @@ A connection to one of the ports is answered with "ok" and closed.`,
   sudo cni-emulator serve &
   sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock &
   sudo cni-emulator add ns2
+
+Environment (names and defaults are the real ztunnel's):
+  LOG_FORMAT=plain                 how log lines look; --log-format beats it
+  RUST_LOG=info                    the least that is logged; --log-level beats it.
+                                   Of directives joined by commas those for single
+                                   modules (h2=off) are passed over
 
 Environment, with --inpod-uds (names and defaults are the real ztunnel's):
   INPOD_UDS                        the agent's socket, in place of --inpod-uds
@@ -139,6 +146,7 @@ Exit codes:
 	f.StringVar(&z.path, "inpod-uds", os.Getenv("INPOD_UDS"), "dial the node agent at this `path` and speak ZDS (env INPOD_UDS)")
 	f.BoolVar(&z.trace, "trace-zds", false, "print each ZDS packet on stderr")
 	f.BoolVarP(&s.explain, "explain", "v", false, "narrate each handoff on stderr")
+	logs.bind(root)
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(newCompletion())
 	// <uds_path> is a file.

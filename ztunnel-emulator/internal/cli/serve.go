@@ -14,6 +14,7 @@ import (
 	"ambient-emulator/internal/handoff"
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/uds"
+	"ambient-emulator/ztunnel-emulator/internal/accesslog"
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
 )
 
@@ -21,10 +22,15 @@ import (
 type serve struct {
 	stdout, stderr io.Writer
 	explain        bool
+	logging        *logging
 }
 
 func (s *serve) run(path string) error {
-	log := slog.New(slog.NewTextHandler(s.stderr, nil))
+	log, err := s.logging.logger(s.stderr)
+	if err != nil {
+		return err
+	}
+	inPod := log.With(accesslog.Target, targetInPod)
 
 	// From the first instant: a signal that comes while we start must not leave
 	// the socket's file behind.
@@ -33,7 +39,7 @@ func (s *serve) run(path string) error {
 	if err := netns.Probe(); err != nil {
 		return capabilityError(err)
 	}
-	pods, err := inpod.NewPods(log)
+	pods, err := inpod.NewPods(inPod)
 	if err != nil {
 		return err
 	}
@@ -45,7 +51,7 @@ func (s *serve) run(path string) error {
 
 	server := &inpod.Server{
 		Pods: pods,
-		Log:  log,
+		Log:  inPod,
 		Ready: func() {
 			if _, err := fmt.Fprintln(s.stdout, "listeners ready"); err != nil {
 				log.Warn("print on stdout", "error", err)
@@ -55,7 +61,7 @@ func (s *serve) run(path string) error {
 			if s.explain {
 				explain(s.stderr, path, h)
 			}
-			report(log, h)
+			report(inPod, h)
 		},
 	}
 	// Not on this goroutine: it is locked to the main thread, and every wait

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -16,18 +15,24 @@ import (
 
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/zds"
+	"ambient-emulator/ztunnel-emulator/internal/accesslog"
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
 )
 
 // serveZDS is the real direction: dial the node agent, serve what it names.
 type serveZDS struct {
-	path   string
-	trace  bool
-	stderr io.Writer
+	path    string
+	trace   bool
+	stderr  io.Writer
+	logging *logging
 }
 
 func (z *serveZDS) run() error {
-	log := slog.New(slog.NewTextHandler(z.stderr, nil))
+	log, err := z.logging.logger(z.stderr)
+	if err != nil {
+		return err
+	}
+	inPod := log.With(accesslog.Target, targetInPod)
 	config, err := readConfig()
 	if err != nil {
 		return err
@@ -56,11 +61,11 @@ func (z *serveZDS) run() error {
 	}
 	defer probes.Close()
 
-	workloads, err := inpod.NewWorkloads(config.socket, log)
+	workloads, err := inpod.NewWorkloads(config.socket, inPod)
 	if err != nil {
 		return err
 	}
-	manager := &inpod.Manager{Path: z.path, Workloads: workloads, Readiness: readiness, Log: log}
+	manager := &inpod.Manager{Path: z.path, Workloads: workloads, Readiness: readiness, Log: inPod}
 	if z.trace {
 		manager.Trace = z.tracer()
 	}
