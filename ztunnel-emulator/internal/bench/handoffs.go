@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"runtime"
 	"time"
@@ -13,6 +12,7 @@ import (
 	"ambient-emulator/internal/handoff"
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/uds"
+	"ambient-emulator/ztunnel-emulator/internal/accesslog"
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
 )
 
@@ -121,7 +121,7 @@ type seedInside struct {
 }
 
 func startSeed(socket string) (way, error) {
-	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	log := accesslog.New(io.Discard, accesslog.Options{})
 	pods, err := inpod.NewPods(log)
 	if err != nil {
 		return nil, err

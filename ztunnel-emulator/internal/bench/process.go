@@ -35,7 +35,8 @@ func startProcess(ctx context.Context, w *world, program string, args ...string)
 	p.cmd.WaitDelay = settleTime // after which it is killed
 	p.cmd.Stderr = log
 	// Nobody is connected to the pods at the end: there is nothing to wait for.
-	p.cmd.Env = append(os.Environ(), "CONNECTION_TERMINATION_DEADLINE=0s")
+	// await reads the log.
+	p.cmd.Env = append(os.Environ(), "CONNECTION_TERMINATION_DEADLINE=0s", "RUST_LOG=info")
 	return p, p.cmd.Start()
 }
 

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"time"
 
 	"ambient-emulator/internal/fdpass"
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/uds"
 	"ambient-emulator/internal/zds"
+	"ambient-emulator/ztunnel-emulator/internal/accesslog"
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
 )
 
@@ -27,7 +27,7 @@ type zdsInside struct {
 }
 
 func startZDS(socket string) (way, error) {
-	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	log := accesslog.New(io.Discard, accesslog.Options{})
 	config := inpod.SocketConfig{IPv6: true, Mark: inpod.DefaultMark, PortReuse: true}
 	if err := config.Probe(); err != nil {
 		return nil, err
