@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/cni-emulator/internal/redirect"
 )
 
 // noArgs checks the words of verbs that take none.
@@ -93,7 +95,7 @@ func printJSON(w io.Writer, v any) error {
 // printPods prints one line a pod.
 func printPods(w io.Writer, pods []control.Pod, now time.Time) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "NAMESPACE\tNAME\tUID\tNETNS\tPATH\tZTUNNELS\tERROR")
+	fmt.Fprintln(t, "NAMESPACE\tNAME\tUID\tNETNS\tPATH\tCAPTURE\tZTUNNELS\tERROR")
 	for _, p := range pods {
 		ns := p.NetNS
 		if ns == "" {
@@ -120,9 +122,18 @@ func printPods(w io.Writer, pods []control.Pod, now time.Time) error {
 				trouble += fmt.Sprintf(" (%s ago)", ago(now, *p.LastErrorAt))
 			}
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Namespace, p.Name, p.UID, ns, printable(p.Path), strings.Join(said, ", "), trouble)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Namespace, p.Name, p.UID, ns, printable(p.Path), captured(p), strings.Join(said, ", "), trouble)
 	}
 	return t.Flush()
+}
+
+// captured is how the agent has captured a pod, in a word.
+func captured(p control.Pod) string {
+	mode := redirect.Mode(cmp.Or(p.Capture, string(redirect.None)))
+	if mode != redirect.None && p.DNSCapture == "true" {
+		return string(mode) + "+dns"
+	}
+	return string(mode)
 }
 
 // printStatus prints the agent, and one line a ztunnel.
