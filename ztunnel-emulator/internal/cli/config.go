@@ -4,32 +4,39 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // config is what the real ztunnel's environment variables say. One that does
 // not parse is an error, as there.
 type config struct {
-	socket   inpod.SocketConfig
-	deadline time.Duration // for connections that run when a signal comes
+	socket    inpod.SocketConfig
+	keepAlive proxy.KeepAlive
+	deadline  time.Duration // for connections that run when a signal comes
 }
 
 func readConfig() (config, error) {
 	c := config{
-		socket:   inpod.SocketConfig{IPv6: true, Mark: inpod.DefaultMark, PortReuse: true},
-		deadline: 5 * time.Second,
+		socket:    inpod.SocketConfig{IPv6: true, Mark: inpod.DefaultMark, PortReuse: true, DNS: true},
+		keepAlive: proxy.DefaultKeepAlive(),
+		deadline:  5 * time.Second,
 	}
-	if v, ok, err := envBool("IPV6_ENABLED"); err != nil {
-		return c, err
-	} else if ok {
-		c.socket.IPv6 = v
+	for name, to := range map[string]*bool{
+		"IPV6_ENABLED": &c.socket.IPv6, "INPOD_PORT_REUSE": &c.socket.PortReuse,
+		"KEEPALIVE_ENABLED": &c.keepAlive.Enabled, "USER_TIMEOUT_ENABLED": &c.keepAlive.UserTimeout,
+	} {
+		if v, ok, err := envBool(name); err != nil {
+			return c, err
+		} else if ok {
+			*to = v
+		}
 	}
-	if v, ok, err := envBool("INPOD_PORT_REUSE"); err != nil {
-		return c, err
-	} else if ok {
-		c.socket.PortReuse = v
+	if v, ok := os.LookupEnv("ISTIO_META_DNS_CAPTURE"); ok {
+		c.socket.DNS = strings.EqualFold(v, "true")
 	}
 	if v, ok, err := envBool("ENABLE_ORIG_SRC"); err != nil {
 		return c, err
@@ -43,6 +50,11 @@ func readConfig() (config, error) {
 		}
 		c.socket.Mark = uint32(mark)
 	}
+
+	if err := c.readKeepAlive(); err != nil {
+		return c, err
+	}
+	c.socket.KeepAlive = c.keepAlive
 
 	if v, ok := os.LookupEnv("CONNECTION_TERMINATION_DEADLINE"); ok {
 		d, err := time.ParseDuration(v)
@@ -58,6 +70,30 @@ func readConfig() (config, error) {
 		c.deadline = graceDeadline(int(n))
 	}
 	return c, nil
+}
+
+// readKeepAlive reads when a silent peer is asked whether it lives. The kernel
+// takes whole seconds, from one to nine hours.
+func (c *config) readKeepAlive() error {
+	for name, to := range map[string]*time.Duration{"KEEPALIVE_TIME": &c.keepAlive.Idle, "KEEPALIVE_INTERVAL": &c.keepAlive.Interval} {
+		v, ok := os.LookupEnv(name)
+		if !ok {
+			continue
+		}
+		d, err := time.ParseDuration(v)
+		if err != nil || d < time.Second || d > 32767*time.Second {
+			return usageError{fmt.Errorf("%s=%s: it takes a duration such as 180s, from 1s to 32767s", name, v)}
+		}
+		*to = d
+	}
+	if v, ok := os.LookupEnv("KEEPALIVE_RETRIES"); ok {
+		n, err := strconv.ParseUint(v, 10, 7)
+		if err != nil || n == 0 {
+			return usageError{fmt.Errorf("KEEPALIVE_RETRIES=%s: it takes a number from 1 to 127", v)}
+		}
+		c.keepAlive.Count = int(n)
+	}
+	return nil
 }
 
 // graceDeadline leaves some seconds of a pod's grace period for the rest.

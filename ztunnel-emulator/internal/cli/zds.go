@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -16,15 +17,18 @@ import (
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/zds"
 	"ambient-emulator/ztunnel-emulator/internal/accesslog"
+	"ambient-emulator/ztunnel-emulator/internal/dns"
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // serveZDS is the real direction: dial the node agent, serve what it names.
 type serveZDS struct {
-	path    string
-	trace   bool
-	stderr  io.Writer
-	logging *logging
+	path       string
+	resolvConf string
+	trace      bool
+	stderr     io.Writer
+	logging    *logging
 }
 
 func (z *serveZDS) run() error {
@@ -61,7 +65,13 @@ func (z *serveZDS) run() error {
 	}
 	defer probes.Close()
 
-	workloads, err := inpod.NewWorkloads(config.socket, inPod)
+	pods := &proxy.Config{Mark: config.socket.Mark, KeepAlive: config.keepAlive, Log: log.With(accesslog.Target, accesslog.Access)}
+	if config.socket.DNS {
+		if pods.DNS, err = z.resolvers(log); err != nil {
+			return err
+		}
+	}
+	workloads, err := inpod.NewWorkloads(config.socket, pods, inPod)
 	if err != nil {
 		return err
 	}
@@ -85,6 +95,28 @@ func (z *serveZDS) run() error {
 	err = workloads.Close(config.deadline)
 	log.Info("stopped", "pods", n)
 	return err
+}
+
+// resolvers reads who is asked for what pods ask. The questions leave from the
+// pods. The real ztunnel does not start without resolv.conf(5); here every query
+// is then answered with SERVFAIL, unless the file was named.
+func (z *serveZDS) resolvers(log *slog.Logger) (dns.Resolvers, error) {
+	path := z.resolvConf
+	if path == "" {
+		path = "/etc/resolv.conf"
+	}
+	r, err := dns.ReadResolvers(path)
+	switch {
+	case err != nil && z.resolvConf == "":
+		log.Warn("pods' DNS is answered with SERVFAIL: name a file with --resolv-conf", "error", err)
+		return dns.Resolvers{}, nil
+	case err != nil:
+		return r, err
+	}
+	if own := r.NodeOnly(); len(own) > 0 {
+		log.Warn("a resolver on the node's loopback does not answer in a pod: name another file with --resolv-conf", "file", path, "resolvers", fmt.Sprint(own))
+	}
+	return r, nil
 }
 
 // tracer prints packets, a line each.

@@ -1,6 +1,7 @@
 package inpod
 
 import (
+	"bytes"
 	"errors"
 	"log/slog"
 	"os"
@@ -10,21 +11,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// acceptor accepts for every listener of every pod with one epoll(7) instance
-// and one goroutine. A goroutine a listener would be more usual, and cost a pod
-// three stacks while nothing happens.
+// acceptor accepts for every listener of every pod, and receives for every socket
+// that takes datagrams, with one epoll(7) instance and one goroutine. A goroutine
+// a listener would be more usual, and cost a pod a stack for each while nothing
+// happens.
 type acceptor struct {
-	handle func(owner *pod, fd int) // owns fd; must not block
+	handle func(owner *pod, port uint16, fd int) // owns fd; must not block
+	// packet is handed a datagram, which it may keep, and the socket it came by,
+	// which it may use only while it knows the pod to live. It must not block.
+	packet func(owner *pod, fd int, datagram []byte, from unix.Sockaddr)
 	log    *slog.Logger
 
 	epoll *os.File // itself watched by the Go runtime's poller
 	done  chan struct{}
 
-	mu        sync.Mutex // held across accept and remove: a closed number may come back as another socket
-	listeners map[int]*pod
+	mu      sync.Mutex // held across accept and remove: a closed number may come back as another socket
+	sources map[int]source
+
+	buf [maxDatagram]byte // run's
 }
 
-func newAcceptor(handle func(owner *pod, fd int), log *slog.Logger) (*acceptor, error) {
+// source is a socket that connections or datagrams come from.
+type source struct {
+	owner *pod
+	socket
+}
+
+// maxDatagram is the largest that UDP can carry.
+const maxDatagram = 1 << 16
+
+func newAcceptor(handle func(owner *pod, port uint16, fd int), packet func(*pod, int, []byte, unix.Sockaddr), log *slog.Logger) (*acceptor, error) {
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
@@ -36,19 +52,20 @@ func newAcceptor(handle func(owner *pod, fd int), log *slog.Logger) (*acceptor, 
 		return nil, os.NewSyscallError("fcntl", err)
 	}
 	a := &acceptor{
-		handle:    handle,
-		log:       log,
-		epoll:     os.NewFile(uintptr(fd), "epoll"),
-		done:      make(chan struct{}),
-		listeners: make(map[int]*pod),
+		handle:  handle,
+		packet:  packet,
+		log:     log,
+		epoll:   os.NewFile(uintptr(fd), "epoll"),
+		done:    make(chan struct{}),
+		sources: make(map[int]source),
 	}
 	go a.run()
 	return a, nil
 }
 
-// add starts accepting from fds, all or none. The acceptor may use them until
+// add starts accepting from sockets, all or none. The acceptor may use them until
 // remove.
-func (a *acceptor) add(owner *pod, fds []int) error {
+func (a *acceptor) add(owner *pod, sockets []socket) error {
 	raw, err := a.epoll.SyscallConn()
 	if err != nil {
 		return err
@@ -57,11 +74,11 @@ func (a *acceptor) add(owner *pod, fds []int) error {
 	defer a.mu.Unlock()
 	var ctlErr error
 	err = raw.Control(func(epfd uintptr) {
-		for i, fd := range fds {
-			ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}
-			if ctlErr = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_ADD, fd, &ev); ctlErr != nil {
-				for _, undo := range fds[:i] {
-					unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, undo, nil)
+		for i, s := range sockets {
+			ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(s.fd)}
+			if ctlErr = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_ADD, s.fd, &ev); ctlErr != nil {
+				for _, undo := range sockets[:i] {
+					unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, undo.fd, nil)
 				}
 				return
 			}
@@ -73,14 +90,14 @@ func (a *acceptor) add(owner *pod, fds []int) error {
 	if err != nil {
 		return err
 	}
-	for _, fd := range fds {
-		a.listeners[fd] = owner
+	for _, s := range sockets {
+		a.sources[s.fd] = source{owner, s}
 	}
 	return nil
 }
 
-// remove ends the accepting from fds; the caller may do with them as it likes.
-func (a *acceptor) remove(fds []int) {
+// remove ends the accepting from sockets; the caller may do with them as it likes.
+func (a *acceptor) remove(sockets []socket) {
 	raw, err := a.epoll.SyscallConn()
 	if err != nil {
 		return
@@ -88,12 +105,12 @@ func (a *acceptor) remove(fds []int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	raw.Control(func(epfd uintptr) {
-		for _, fd := range fds {
-			unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, fd, nil)
+		for _, s := range sockets {
+			unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, s.fd, nil)
 		}
 	})
-	for _, fd := range fds {
-		delete(a.listeners, fd)
+	for _, s := range sockets {
+		delete(a.sources, s.fd)
 	}
 }
 
@@ -134,7 +151,7 @@ func (a *acceptor) run() {
 		}
 		full := error(nil)
 		for _, ev := range events[:n] {
-			if err := a.accept(int(ev.Fd)); err != nil {
+			if err := a.take(int(ev.Fd)); err != nil {
 				full = err
 			}
 		}
@@ -152,21 +169,33 @@ func (a *acceptor) run() {
 // fair is how many connections one listener may take before the others' turn.
 const fair = 64
 
-// accept takes what waits at one listener. It returns an error only when the
-// process has run out of something.
-func (a *acceptor) accept(listener int) error {
+// take takes what waits at one socket. It returns an error only when the process
+// has run out of something.
+func (a *acceptor) take(from int) error {
 	for range fair {
 		a.mu.Lock()
-		owner := a.listeners[listener]
-		if owner == nil {
+		s, ok := a.sources[from]
+		if !ok {
 			a.mu.Unlock()
 			return nil // removed since the event
 		}
-		fd, _, err := unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		if s.packets {
+			n, peer, err := unix.Recvfrom(from, a.buf[:], 0)
+			a.mu.Unlock()
+			if errors.Is(err, unix.EAGAIN) {
+				return nil
+			}
+			// Other errors are of datagrams that we have sent (udp(7)).
+			if err == nil {
+				a.packet(s.owner, from, bytes.Clone(a.buf[:n]), peer)
+			}
+			continue
+		}
+		fd, _, err := unix.Accept4(from, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 		a.mu.Unlock()
 		switch {
 		case err == nil:
-			a.handle(owner, fd)
+			a.handle(s.owner, s.port, fd)
 		case errors.Is(err, unix.EAGAIN):
 			return nil
 		case exhausted(err):
@@ -177,9 +206,9 @@ func (a *acceptor) accept(listener int) error {
 			// Somebody in the pod has destroyed the listener (ss -K does that),
 			// and it would say so for ever. The pod is broken until it is handed
 			// over again.
-			owner.broken.Store(true)
-			a.remove([]int{listener})
-			a.log.Error("a listener is gone, the pod needs another handoff", "netns", owner.ns.ID(), "fd", listener, "error", os.NewSyscallError("accept4", err))
+			s.owner.broken.Store(true)
+			a.remove([]socket{s.socket})
+			a.log.Error("a listener is gone, the pod needs another handoff", "netns", s.owner.ns.ID(), "port", s.port, "error", os.NewSyscallError("accept4", err))
 			return nil
 		}
 	}

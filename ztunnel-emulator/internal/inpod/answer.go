@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Answer is what every connection gets until traffic flows: the seed's words.
+// Answer is what a connection gets that has nowhere to go: the seed's words. These
+// are 15008 without a tunnel, and in the seed's mode what nobody has redirected.
 const Answer = "ok\n"
 
 const (

@@ -149,11 +149,11 @@ func fillTable(t *testing.T, free int) (release func()) {
 		}
 		fill = append(fill, fd)
 	}
-	closeAll(fill[len(fill)-free:])
+	closeFDs(fill[len(fill)-free:])
 	fill = fill[:len(fill)-free]
 	return sync.OnceFunc(func() {
 		unix.Setrlimit(unix.RLIMIT_NOFILE, &old)
-		closeAll(fill)
+		closeFDs(fill)
 	})
 }
 
@@ -265,4 +265,10 @@ func TestStopWithClients(t *testing.T) {
 	}
 	unix.Read(fd, make([]byte, 16))
 	z.stop() // TestMain counts descriptors
+}
+
+func closeFDs(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
 }

@@ -7,12 +7,14 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // ErrOwnNetNS says that a pod claims to live where ztunnel does.
@@ -21,9 +23,14 @@ var ErrOwnNetNS = errors.New("this is ztunnel's own network namespace; a pod has
 // engine starts and stops pods, and serves the connections of all of them. What
 // pods there are is not its concern.
 type engine struct {
-	home  netns.ID
-	addrs []netip.AddrPort
-	open  socketFactory
+	home    netns.ID
+	addrs   []netip.AddrPort
+	open    socketFactory
+	openDNS dnsFactory // nil: no DNS
+	proxy   *proxy.Config
+	// unredirected says what becomes of a connection to 15001 or 15006 that nobody
+	// has redirected: it is answered, or (nil) refused as a loop.
+	unredirected func(owner *pod, fd int)
 	// nameOf finds the pod's name, for advice. To look takes long where there are
 	// many; with ZDS the pod has a name of another kind, and nobody looks.
 	nameOf func(netns.ID) string
@@ -33,13 +40,41 @@ type engine struct {
 	acceptor *acceptor
 }
 
-// pod is one namespace with its listeners. It owns their descriptors, four in
-// all.
+// pod is one namespace with its sockets. It owns their descriptors: four in all
+// in the seed's mode, eight with DNS.
 type pod struct {
-	ns        *netns.NS
-	listeners []int
-	broken    atomic.Bool // a listener has died; the next add makes the pod anew
-	stopped   atomic.Bool // no connection of it may outlive it
+	ns      *netns.NS
+	sockets []socket
+	proxy   *proxy.Pod
+	broken  atomic.Bool // a listener has died; the next add makes the pod anew
+
+	// life is held, for reading, by who uses a descriptor of the pod's that may be
+	// closed meanwhile; and for writing by who ends the pod.
+	life    sync.RWMutex
+	stopped atomic.Bool // no connection of it may outlive it
+}
+
+// errStopped is for who comes when a pod has ended.
+var errStopped = errors.New("the pod has ended")
+
+// enter runs fn on a thread inside the pod, while that lives.
+func (p *pod) enter(fn func() error) error {
+	p.life.RLock()
+	defer p.life.RUnlock()
+	if p.stopped.Load() {
+		return errStopped
+	}
+	_, err := p.ns.Do(fn)
+	return err
+}
+
+// reply sends a datagram from the pod's socket fd, while the pod lives.
+func (p *pod) reply(fd int, datagram []byte, to unix.Sockaddr) {
+	p.life.RLock()
+	defer p.life.RUnlock()
+	if !p.stopped.Load() {
+		unix.Sendto(fd, datagram, 0, to) // who asked will ask again
+	}
 }
 
 // Added is what a start did, for the log and for a learner.
@@ -50,22 +85,38 @@ type Added struct {
 	Visit    netns.Visit
 	Watch    time.Duration // from the return home to accepting
 	LoopDown bool          // lo is down in the pod: nothing will connect yet
+	NoLoop6  bool          // the pod has no ::1 (yet): its DNS over IPv6 is not served (yet)
 	NetNSFD  int           // the namespace's number in this process
 }
 
-// newEngine returns an engine that gives each pod listeners at addrs, made by open.
-func newEngine(addrs []netip.AddrPort, open socketFactory, log *slog.Logger) (*engine, error) {
+// newEngine returns an engine that gives each pod listeners at addrs, made by open,
+// and serves what comes by the proxy's configuration.
+func newEngine(addrs []netip.AddrPort, open socketFactory, config *proxy.Config, log *slog.Logger) (*engine, error) {
 	home, err := netns.Home()
 	if err != nil {
 		return nil, err
 	}
-	e := &engine{home: home.ID(), addrs: addrs, open: open, nameOf: func(netns.ID) string { return "" }, log: log, answerer: newAnswerer()}
-	e.acceptor, err = newAcceptor(e.answerer.answer, log)
+	e := &engine{home: home.ID(), addrs: addrs, open: open, proxy: config, nameOf: func(netns.ID) string { return "" }, log: log, answerer: newAnswerer()}
+	e.acceptor, err = newAcceptor(e.accepted, received, log)
 	if err != nil {
 		return nil, err
 	}
 	growTable(home.FD())
 	return e, nil
+}
+
+// accepted serves a connection to one of a pod's ports.
+func (e *engine) accepted(owner *pod, port uint16, fd int) {
+	if port == PortInbound {
+		e.answerer.answer(owner, fd) // until there is a tunnel
+		return
+	}
+	owner.proxy.Serve(port, fd)
+}
+
+// received serves a datagram, which can only be a DNS query.
+func received(owner *pod, fd int, query []byte, from unix.Sockaddr) {
+	owner.proxy.DNS(query, func(answer []byte) { owner.reply(fd, answer, from) })
 }
 
 // roomFor is how many descriptors the table is made for at the start: four a pod
@@ -89,36 +140,49 @@ func growTable(anyFD int) {
 
 // start makes ns a pod: listeners at every address in it, or an error and none.
 // The pod owns ns; after an error it is still the caller's.
-func (e *engine) start(ns *netns.NS) (*pod, Added, error) {
+func (e *engine) start(ns *netns.NS, id proxy.Identity) (*pod, Added, error) {
 	added := Added{New: true, Addrs: e.addrs, NetNSFD: ns.FD()}
 	if ns.ID() == e.home {
 		return nil, added, ErrOwnNetNS
 	}
-	fds, visit, err := listen(ns, e.addrs, e.open)
-	added.Visit = visit
+	made, err := listen(ns, e.addrs, e.open, e.openDNS)
+	added.Visit, added.NoLoop6 = made.visit, made.noLoopback6
 	if err != nil {
 		return nil, added, fmt.Errorf("%w%s", err, e.advice(err, ns.ID()))
 	}
 	began := time.Now()
-	if up, err := loopbackUp(fds[0]); err == nil {
+	sockets := made.sockets
+	if up, err := loopbackUp(sockets[0].fd); err == nil {
 		added.LoopDown = !up
 	}
-	p := &pod{ns: ns, listeners: fds}
-	if err := e.acceptor.add(p, fds); err != nil {
-		closeAll(fds)
+	p := &pod{ns: ns, sockets: sockets}
+	var unredirected func(fd int)
+	if e.unredirected != nil {
+		unredirected = func(fd int) { e.unredirected(p, fd) }
+	}
+	p.proxy = e.proxy.NewPod(id, p.enter, unredirected)
+	if err := e.acceptor.add(p, sockets); err != nil {
+		p.proxy.Close()
+		closeAll(sockets)
 		return nil, added, err
 	}
-	added.FDs, added.Watch = fds, time.Since(began)
+	for _, s := range sockets[len(sockets)-len(e.addrs):] {
+		added.FDs = append(added.FDs, s.fd)
+	}
+	added.Watch = time.Since(began)
 	return p, added, nil
 }
 
 // stop ends a pod at once: listeners, connections, namespace. Nothing of ours
 // keeps the kernel from freeing the namespace then.
 func (e *engine) stop(p *pod) error {
-	e.acceptor.remove(p.listeners)
+	e.acceptor.remove(p.sockets)
+	p.proxy.Close()
 	p.stopped.Store(true)
 	e.answerer.cut(p)
-	return errors.Join(closeAll(p.listeners), p.ns.Close())
+	p.life.Lock()
+	defer p.life.Unlock()
+	return errors.Join(closeAll(p.sockets), p.ns.Close())
 }
 
 // letGo closes a namespace that is no pod, or no longer one. Nobody can be told

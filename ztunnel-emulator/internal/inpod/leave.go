@@ -2,11 +2,14 @@ package inpod
 
 import (
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // settle is how long a leaving listener goes on accepting what it was chosen for
@@ -35,9 +38,9 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			e.acceptor.remove(p.listeners)
-			for i, fd := range p.listeners {
-				if stepAside(p, fd, e.addrs[i].Port(), func(conn int) { e.answerer.answer(p, conn) }) {
+			e.acceptor.remove(p.sockets)
+			for _, s := range p.shared() {
+				if stepAside(p, s.fd, s.port, func(conn int) { e.accepted(p, s.port, conn) }) {
 					shared.Store(true)
 				}
 			}
@@ -48,8 +51,8 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 	// nobody else there, a refusal now is as good as one later.
 	for until := time.Now().Add(settle); shared.Load(); time.Sleep(5 * time.Millisecond) {
 		for _, p := range pods {
-			for _, fd := range p.listeners {
-				acceptAll(fd, func(conn int) { e.answerer.answer(p, conn) })
+			for _, s := range p.shared() {
+				acceptAll(s.fd, func(conn int) { e.accepted(p, s.port, conn) })
 			}
 		}
 		if now := time.Now(); now.After(until) || now.After(end) {
@@ -57,10 +60,21 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 		}
 	}
 	for _, p := range pods {
-		closeAll(p.listeners)
-		p.listeners = nil
+		p.life.Lock()
+		closeAll(p.sockets)
+		p.sockets = nil
+		p.life.Unlock()
+	}
+	for _, p := range pods {
+		p.proxy.WaitIdle(time.Until(end))
 	}
 	e.answerer.waitIdle(time.Until(end))
+}
+
+// shared are the listeners that the next ztunnel has, too, and whose connections
+// nobody may lose. A DNS query is asked again by itself.
+func (p *pod) shared() []socket {
+	return slices.DeleteFunc(slices.Clone(p.sockets), func(s socket) bool { return s.port == proxy.PortDNS })
 }
 
 // stepAside makes the kernel choose another listener of the port's group than

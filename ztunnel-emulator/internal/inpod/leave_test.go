@@ -18,11 +18,11 @@ func TestStepAside(t *testing.T) {
 		ns := netnstest.New(t)
 		var group []int
 		for range tt.members {
-			fds, _, err := listen(ns, defaults.Addrs()[:1], defaults.factory(slog.Default()))
+			m, err := listen(ns, defaults.Addrs()[:1], defaults.factory(slog.Default()), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			group = append(group, fds[0])
+			group = append(group, m.sockets[0].fd)
 		}
 		kept := 0
 		keep := func(conn int) { kept++; unix.Close(conn) }
@@ -39,6 +39,6 @@ func TestStepAside(t *testing.T) {
 		if kept != tt.want {
 			t.Errorf("%d members, number %d steps aside: it gets %d of 100 connections, want %d", tt.members, tt.leaver, kept, tt.want)
 		}
-		closeAll(group)
+		closeFDs(group)
 	}
 }

@@ -9,13 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // The ports of an ambient pod, in the order ztunnel binds them.
 const (
-	PortInbound            = 15008 // HBONE: what another ztunnel sends
-	PortInboundPassthrough = 15006 // captured inbound plaintext
-	PortOutbound           = 15001 // captured outbound
+	PortInbound            = proxy.PortInbound
+	PortInboundPassthrough = proxy.PortInboundPassthrough
+	PortOutbound           = proxy.PortOutbound
 )
 
 // Ports lists them.
@@ -34,28 +35,48 @@ func Addrs() []netip.AddrPort {
 	return addrs
 }
 
-// listen makes listening sockets at addrs inside ns with open, all or none. The
-// caller owns the descriptors; they are non-blocking. An error names the address.
-func listen(ns *netns.NS, addrs []netip.AddrPort, open socketFactory) ([]int, netns.Visit, error) {
-	fds := make([]int, 0, len(addrs))
+// socket is one of ztunnel's in a pod.
+type socket struct {
+	fd      int // non-blocking
+	port    uint16
+	packets bool // UDP
+}
+
+// made is the sockets of a pod, and how they were made.
+type made struct {
+	sockets     []socket // those of DNS first
+	visit       netns.Visit
+	noLoopback6 bool // the pod has no ::1
+}
+
+// listen makes listening sockets at addrs inside ns with open, and before them
+// those of DNS if openDNS is set: all or none. The caller owns the descriptors. An
+// error names the address.
+func listen(ns *netns.NS, addrs []netip.AddrPort, open socketFactory, openDNS dnsFactory) (m made, err error) {
+	m.sockets = make([]socket, 0, len(addrs)+4)
 	// All of this runs on the thread that is in the pod: a socket belongs, for
 	// good, to the namespace of the thread that calls socket(2). Bind and listen
 	// could be done from outside, but a port in use is best found in one visit.
-	visit, err := ns.Do(func() error {
+	m.visit, err = ns.Do(func() (err error) {
+		if openDNS != nil {
+			if m.sockets, m.noLoopback6, err = openDNS(m.sockets); err != nil {
+				return err
+			}
+		}
 		for _, addr := range addrs {
 			fd, err := open(addr)
 			if err != nil {
 				return fmt.Errorf("listen on %v: %w", addr, err)
 			}
-			fds = append(fds, fd)
+			m.sockets = append(m.sockets, socket{fd: fd, port: addr.Port()})
 		}
 		return nil
 	})
 	if err != nil {
-		closeAll(fds)
-		return nil, visit, err
+		closeAll(m.sockets)
+		m.sockets = nil
 	}
-	return fds, visit, nil
+	return m, err
 }
 
 // socketFactory makes a listening socket in the calling thread's namespace. What
@@ -74,6 +95,10 @@ func listenTCP(addr netip.AddrPort) (int, error) {
 		unix.Close(fd)
 		return -1, os.NewSyscallError("setsockopt SO_REUSEADDR", err)
 	}
+	// For TPROXY, whose packets are for other addresses than ours (ip(7)), and so
+	// that the application may see who calls. It takes CAP_NET_ADMIN; without that
+	// the pod is served all the same, and only not captured by TPROXY.
+	unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
 	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}); err != nil {
 		unix.Close(fd)
 		return -1, os.NewSyscallError("bind", err)
@@ -99,12 +124,12 @@ func loopbackUp(sock int) (bool, error) {
 	return ifr.Uint16()&unix.IFF_UP != 0, nil
 }
 
-// closeAll closes fds. A TCP listener's close can't fail in a way that leaves
-// it open.
-func closeAll(fds []int) error {
+// closeAll closes sockets. A listener's close can't fail in a way that leaves it
+// open.
+func closeAll(sockets []socket) error {
 	var errs []error
-	for _, fd := range fds {
-		if err := unix.Close(fd); err != nil {
+	for _, s := range sockets {
+		if err := unix.Close(s.fd); err != nil {
 			errs = append(errs, os.NewSyscallError("close", err))
 		}
 	}

@@ -39,7 +39,7 @@ type node struct {
 func startNode(t *testing.T, withAgent bool) *node {
 	t.Helper()
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
-	w, err := NewWorkloads(defaults, log)
+	w, err := NewWorkloads(defaults, proxyDefaults, log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,7 +154,7 @@ func TestProcessAddAndDel(t *testing.T) {
 	n.wantReady(500, notReady)
 	a.must(a.say(zds.Snapshot(), nil))
 	n.wantReady(200, "ready\n")
-	checkServed(t, pod)
+	checkServedByZDS(t, pod)
 	a.must(a.say(zds.Del("u1"), nil))
 	if listening(pod) {
 		t.Error("served after the delete")

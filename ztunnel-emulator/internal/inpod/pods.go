@@ -12,6 +12,8 @@ import (
 	"sync"
 
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/ztunnel-emulator/internal/accesslog"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // ErrStopping is told to who comes too late.
@@ -46,11 +48,13 @@ func (s *starting) broken() bool {
 
 // NewPods returns an empty set. Close it to take all listeners out of all pods.
 func NewPods(log *slog.Logger) (*Pods, error) {
-	e, err := newEngine(Addrs(), listenTCP, log)
+	config := &proxy.Config{Mark: DefaultMark, KeepAlive: proxy.DefaultKeepAlive(), Log: log.With(accesslog.Target, accesslog.Access)}
+	e, err := newEngine(Addrs(), listenTCP, config, log)
 	if err != nil {
 		return nil, err
 	}
 	e.nameOf = nameOf
+	e.unredirected = e.answerer.answer
 	return &Pods{engine: e, pods: make(map[netns.ID]*starting)}, nil
 }
 
@@ -90,7 +94,7 @@ func (p *Pods) Add(ns *netns.NS) (Added, error) {
 	}
 
 	var added Added
-	self.pod, added, self.err = p.engine.start(ns)
+	self.pod, added, self.err = p.engine.start(ns, proxy.Identity{})
 	if self.err != nil {
 		p.mu.Lock()
 		delete(p.pods, ns.ID())

@@ -8,6 +8,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // SocketConfig is how ztunnel makes its listeners in pods, in ZDS mode. The
@@ -17,6 +19,9 @@ type SocketConfig struct {
 	Mark      uint32 // PACKET_MARK: SO_MARK of every socket, 0 for none; rules tell ztunnel's packets by it
 	PortReuse bool   // INPOD_PORT_REUSE: SO_REUSEPORT, so that the next ztunnel can bind beside this one
 	OrigSrc   *bool  // ENABLE_ORIG_SRC: nil tries IP_TRANSPARENT, true insists, false does without
+	DNS       bool   // ISTIO_META_DNS_CAPTURE: serve DNS on 15053 of the pod's loopback
+
+	KeepAlive proxy.KeepAlive // of what is accepted on 15001 and 15006, which inherit it
 }
 
 // DefaultMark is the real ztunnel's, which the pods' rules know.
@@ -59,20 +64,10 @@ func (c SocketConfig) factory(log *slog.Logger) socketFactory {
 }
 
 // prepare sets the options, binds and listens. An accepted connection inherits
-// the mark and the transparency.
+// all of them; to set them on each would be a dozen system calls.
 func (c SocketConfig) prepare(fd int, addr netip.AddrPort, log *slog.Logger) error {
-	if c.Mark != 0 {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(c.Mark)); err != nil {
-			return os.NewSyscallError("setsockopt SO_MARK", err)
-		}
-	}
-	// Before bind, or it counts for nothing (socket(7)).
-	if c.PortReuse {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
-			log.Warn("setsockopt SO_REUSEPORT", "error", err)
-		}
-	} else if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+	if err := c.share(fd, log); err != nil {
+		return err
 	}
 	if c.OrigSrc == nil || *c.OrigSrc {
 		// The IPv4 option works on a dual-stack socket, too (ip(7)).
@@ -80,6 +75,15 @@ func (c SocketConfig) prepare(fd int, addr netip.AddrPort, log *slog.Logger) err
 		if err != nil && c.OrigSrc != nil {
 			return fmt.Errorf("%w; ENABLE_ORIG_SRC=true insists on it", os.NewSyscallError("setsockopt IP_TRANSPARENT", err))
 		}
+	}
+
+	if port := addr.Port(); port == PortOutbound || port == PortInboundPassthrough {
+		if err := c.KeepAlive.Set(fd); err != nil {
+			return err
+		}
+	}
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+		return os.NewSyscallError("setsockopt TCP_NODELAY", err)
 	}
 
 	var sa unix.Sockaddr
@@ -96,6 +100,24 @@ func (c SocketConfig) prepare(fd int, addr netip.AddrPort, log *slog.Logger) err
 		return os.NewSyscallError("bind", err)
 	}
 	return os.NewSyscallError("listen", unix.Listen(fd, zdsBacklog))
+}
+
+// share marks a socket, and lets the next ztunnel bind beside it.
+func (c SocketConfig) share(fd int, log *slog.Logger) error {
+	if c.Mark != 0 {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(c.Mark)); err != nil {
+			return os.NewSyscallError("setsockopt SO_MARK", err)
+		}
+	}
+	// Before bind, or it counts for nothing (socket(7)).
+	if c.PortReuse {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
+			log.Warn("setsockopt SO_REUSEPORT", "error", err)
+		}
+	} else if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+	}
+	return nil
 }
 
 // ErrNoMark says that this process may not mark its sockets.

@@ -9,6 +9,7 @@ import (
 
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/zds"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // StartError says that a pod's listeners could not be made. It is transient: the
@@ -53,9 +54,9 @@ type Workloads struct {
 // pending is a pod that could not be started. ns may be nil: what came was no
 // namespace, and no retry can help.
 type pending struct {
-	name string
-	ns   *netns.NS
-	err  error
+	id  proxy.Identity
+	ns  *netns.NS
+	err error
 }
 
 // Counts are the real ztunnel's metrics of its workload manager.
@@ -64,11 +65,15 @@ type Counts struct {
 	Started, Stopped int
 }
 
-// NewWorkloads returns an empty set whose pods get listeners by c.
-func NewWorkloads(c SocketConfig, log *slog.Logger) (*Workloads, error) {
-	e, err := newEngine(c.Addrs(), c.factory(log), log)
+// NewWorkloads returns an empty set whose pods get listeners by c, and whose
+// connections are served by config.
+func NewWorkloads(c SocketConfig, config *proxy.Config, log *slog.Logger) (*Workloads, error) {
+	e, err := newEngine(c.Addrs(), c.factory(log), config, log)
 	if err != nil {
 		return nil, err
+	}
+	if c.DNS {
+		e.openDNS = c.openDNS
 	}
 	w := &Workloads{engine: e, log: log, running: make(map[string]*pod)}
 	w.NewConnection()
@@ -153,23 +158,24 @@ func (w *Workloads) add(req *zds.AddWorkload, ns *netns.NS, nsErr error) error {
 	}
 	w.dropPending(uid)
 
-	name := req.WorkloadInfo.Namespace + "/" + req.WorkloadInfo.Name
+	info := req.WorkloadInfo
+	id := proxy.Identity{Name: info.Name, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount}
 	err := nsErr
 	if err == nil {
-		err = w.start(uid, name, ns)
+		err = w.start(uid, id, ns)
 	}
 	if err != nil {
-		w.pending[uid] = pending{name: name, ns: ns, err: err}
-		w.log.Warn("pod pending", "uid", uid, "pod", name, "netns", idOf(ns), "error", err)
+		w.pending[uid] = pending{id: id, ns: ns, err: err}
+		w.log.Warn("pod pending", "uid", uid, "pod", id.String(), "netns", idOf(ns), "error", err)
 		return &StartError{err}
 	}
 	return nil
 }
 
 // start starts a pod. After an error ns is still the caller's.
-func (w *Workloads) start(uid, name string, ns *netns.NS) error {
+func (w *Workloads) start(uid string, id proxy.Identity, ns *netns.NS) error {
 	began := time.Now()
-	pod, added, err := w.engine.start(ns)
+	pod, added, err := w.engine.start(ns, id)
 	if err != nil {
 		return err
 	}
@@ -177,10 +183,13 @@ func (w *Workloads) start(uid, name string, ns *netns.NS) error {
 	w.mu.Lock()
 	w.counts.Started++
 	w.mu.Unlock()
-	w.log.Info("pod served", "uid", uid, "pod", name, "netns", ns.ID(), "duration", time.Since(began))
+	w.log.Info("pod served", "uid", uid, "pod", id.String(), "netns", ns.ID(), "duration", time.Since(began))
 	if added.LoopDown {
 		// Without looking for the pod's name, which takes too long before an ack.
-		w.log.Warn(loopDown(ns.FD()), "uid", uid, "pod", name, "netns", ns.ID())
+		w.log.Warn(loopDown(ns.FD()), "uid", uid, "pod", id.String(), "netns", ns.ID())
+	}
+	if added.NoLoop6 {
+		w.log.Warn("the pod has no ::1: its DNS over IPv6 is served when it has", "uid", uid, "pod", id.String(), "netns", ns.ID())
 	}
 	return nil
 }
@@ -216,10 +225,10 @@ func (w *Workloads) Retry() {
 		if p.ns == nil {
 			continue
 		}
-		if err := w.start(uid, p.name, p.ns); err != nil {
+		if err := w.start(uid, p.id, p.ns); err != nil {
 			p.err = err
 			w.pending[uid] = p
-			w.log.Warn("pod still pending", "uid", uid, "pod", p.name, "netns", p.ns.ID(), "error", err)
+			w.log.Warn("pod still pending", "uid", uid, "pod", p.id.String(), "netns", p.ns.ID(), "error", err)
 			continue
 		}
 		delete(w.pending, uid) // its namespace is the running pod's now

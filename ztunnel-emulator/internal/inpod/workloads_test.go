@@ -2,7 +2,6 @@ package inpod
 
 import (
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -17,9 +16,14 @@ import (
 	"ambient-emulator/internal/netns/fresh"
 	"ambient-emulator/internal/netns/netnstest"
 	"ambient-emulator/internal/zds"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
-var defaults = SocketConfig{IPv6: true, Mark: DefaultMark, PortReuse: true}
+var defaults = SocketConfig{IPv6: true, Mark: DefaultMark, PortReuse: true, DNS: true, KeepAlive: proxy.DefaultKeepAlive()}
+
+var quiet = slog.New(slog.DiscardHandler)
+
+var proxyDefaults = &proxy.Config{Mark: DefaultMark, KeepAlive: proxy.DefaultKeepAlive(), Log: quiet}
 
 // machine is a Workloads without an agent.
 type machine struct {
@@ -29,7 +33,7 @@ type machine struct {
 
 func newMachine(t *testing.T) machine {
 	t.Helper()
-	w, err := NewWorkloads(defaults, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	w, err := NewWorkloads(defaults, proxyDefaults, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,9 +95,20 @@ func TestAddStartsAProxy(t *testing.T) {
 	m.want(1, 0, 1, 0, false)
 	m.must(m.snap())
 	m.want(1, 0, 1, 0, true)
+	checkServedByZDS(t, pod)
+}
+
+// checkServedByZDS asks all three ports. What comes to the last two without having
+// been redirected would be a loop, and is closed.
+func checkServedByZDS(t *testing.T, pod *netns.NS) {
+	t.Helper()
 	for _, port := range Ports {
-		if got, err := ask(pod, port); got != Answer || err != nil {
-			t.Errorf("port %d: %q, %v", port, got, err)
+		want := ""
+		if port == PortInbound {
+			want = Answer
+		}
+		if got, err := ask(pod, port); got != want || err != nil {
+			t.Errorf("%v port %d: %q, %v", pod.ID(), port, got, err)
 		}
 	}
 }
@@ -366,12 +381,13 @@ func TestSocketOptions(t *testing.T) {
 		if _, err := pod.Do(func() error { return os.WriteFile("/proc/sys/net/ipv6/bindv6only", []byte("1"), 0) }); err != nil {
 			t.Fatal(err)
 		}
-		fds, _, err := listen(pod, tt.c.Addrs(), tt.c.factory(slog.Default()))
+		m, err := listen(pod, tt.c.Addrs(), tt.c.factory(slog.Default()), nil)
 		if err != nil {
 			t.Errorf("%s: %v", tt.name, err)
 			continue
 		}
-		for _, fd := range fds {
+		for _, s := range m.sockets {
+			fd := s.fd
 			get := func(level, opt int) int {
 				v, err := unix.GetsockoptInt(fd, level, opt)
 				if err != nil {
@@ -398,7 +414,7 @@ func TestSocketOptions(t *testing.T) {
 				t.Errorf("%s: protocol %d, want plain TCP", tt.name, got)
 			}
 		}
-		closeAll(fds)
+		closeAll(m.sockets)
 	}
 }
 

@@ -14,18 +14,22 @@ import (
 // IPv4, then for IPv6 (the same number at another level), then getsockname(2). A
 // connection redirected by TPROXY has its old destination as local address.
 // IPv4 in IPv6 is unmapped in every case.
+//
+// redirected tells whether the two differ. That the option succeeds is not enough:
+// it does for every connection that the pod's connection tracking knows.
 func OriginalDst(fd int) (addr netip.AddrPort, redirected bool, err error) {
-	if addr, ok := natDst4(fd); ok {
-		return addr, true, nil
-	}
-	if addr, ok := natDst6(fd); ok {
-		return addr, true, nil
-	}
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
 		return netip.AddrPort{}, false, os.NewSyscallError("getsockname", err)
 	}
-	return AddrPort(sa), false, nil
+	local := AddrPort(sa)
+	if addr, ok := natDst4(fd); ok {
+		return addr, addr != local, nil
+	}
+	if addr, ok := natDst6(fd); ok {
+		return addr, addr != local, nil
+	}
+	return local, false, nil
 }
 
 // soOriginalDst is SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST.

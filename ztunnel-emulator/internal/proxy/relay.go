@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,28 +47,43 @@ type Counts struct {
 	Sent, Received int64 // from a to b, and from b to a
 }
 
-// Relay copies between a and b until both directions have ended, and keeps an
-// end of one direction (FIN) from ending the other. The first error ends both. a
-// and b stay the caller's.
-//
-// An idle relay holds the two sockets and no buffer and no pipe: both are taken
-// when there is something to read.
-func Relay(a, b Conn) (Counts, error) {
-	var c Counts
-	var back error
-	var wg sync.WaitGroup
-	wg.Add(1)
-	go relayBack(b, a, &c.Received, &back, &wg)
-	there := relayOne(a, b, &c.Sent)
-	wg.Wait()
-	// Whichever broke first has ended the other by closing both for it.
-	return c, firstOf(there, back)
+// relay is two directions between two connections.
+type relay struct {
+	counts      Counts
+	there, back error
+	left        atomic.Int32 // directions that have not ended
+	done        func(Counts, error)
 }
 
-// relayBack is the direction that has a goroutine of its own.
-func relayBack(from, to Conn, n *int64, err *error, wg *sync.WaitGroup) {
-	defer wg.Done()
-	*err = relayOne(from, to, n)
+// Relay copies between a and b until both directions have ended, and calls done
+// then, on a goroutine of its own. An end of one direction (FIN) does not end the
+// other. a and b stay the caller's.
+//
+// An idle relay holds the two sockets and no buffer and no pipe: both are taken
+// when there is something to read. It holds two goroutines with fresh, small
+// stacks; the caller's, which has grown while it connected, is not kept.
+func Relay(a, b Conn, done func(Counts, error)) {
+	r := &relay{done: done}
+	r.left.Store(2)
+	go r.forth(a, b)
+	go r.andBack(a, b)
+}
+
+func (r *relay) forth(a, b Conn) {
+	r.there = relayOne(a, b, &r.counts.Sent)
+	r.end()
+}
+
+func (r *relay) andBack(a, b Conn) {
+	r.back = relayOne(b, a, &r.counts.Received)
+	r.end()
+}
+
+// end is the end of one direction; the last one reports.
+func (r *relay) end() {
+	if r.left.Add(-1) == 0 {
+		r.done(r.counts, firstOf(r.there, r.back))
+	}
 }
 
 // errEnded marks the direction that ended because the other one broke.
@@ -89,13 +105,17 @@ func relayOne(from, to Conn, n *int64) error {
 			err = nil
 		}
 	}
-	if err == nil {
+	switch ce := (*CopyError)(nil); {
+	case err == nil:
 		return nil
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return errEnded
+	case errors.As(err, &ce) && ce.Op == "send":
+		// to is gone. What it has said before may still wait for the other
+		// direction, which finds its end by itself.
+		return err
 	}
-	// Broken: the other direction, which may wait for bytes, must not wait for ever.
+	// from is gone. The other direction waits for bytes that nobody would get.
 	abort(from)
 	abort(to)
 	return err

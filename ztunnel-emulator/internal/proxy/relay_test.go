@@ -22,9 +22,9 @@ func init() { runtime.LockOSThread() }
 
 func TestMain(m *testing.M) { testmain.Run(m) }
 
-// relay connects a client and a server through a relay, and returns what Relay
-// returns once it has.
-type relay struct {
+// relayed is a client and a server with a relay between them, and what that
+// reports once it has ended.
+type relayed struct {
 	client, server *net.TCPConn
 	done           chan result
 }
@@ -34,17 +34,16 @@ type result struct {
 	err error
 }
 
-func startRelay(t *testing.T) *relay {
+func startRelay(t *testing.T) *relayed {
 	t.Helper()
 	client, a := tcpPair(t)
 	server, b := tcpPair(t)
-	r := &relay{client: client, server: server, done: make(chan result, 1)}
-	go func() {
-		c, err := Relay(a, b)
-		a.Close()
-		b.Close()
+	r := &relayed{client: client, server: server, done: make(chan result, 1)}
+	Relay(a, b, func(c Counts, err error) {
+		closeAfter(a, err)
+		closeAfter(b, err)
 		r.done <- result{c, err}
-	}()
+	})
 	t.Cleanup(closePipes)
 	return r
 }
@@ -84,7 +83,7 @@ func tcpPair(t *testing.T) (*net.TCPConn, Conn) {
 }
 
 // wait returns what became of the relay.
-func (r *relay) wait(t *testing.T) result {
+func (r *relayed) wait(t *testing.T) result {
 	t.Helper()
 	select {
 	case res := <-r.done:

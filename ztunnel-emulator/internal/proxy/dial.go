@@ -1,0 +1,229 @@
+package proxy
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ConnectTimeout is how long ztunnel waits for a connection, socket and bind
+// included.
+const ConnectTimeout = 10 * time.Second
+
+// errTimeout is a connect that nobody has answered.
+var errTimeout = errors.New("timed out")
+
+// KeepAlive is SO_KEEPALIVE and what belongs to it (tcp(7)).
+type KeepAlive struct {
+	Enabled        bool
+	Idle, Interval time.Duration // whole seconds
+	Count          int
+	// UserTimeout also sets TCP_USER_TIMEOUT, to the time after which the probes
+	// would give up.
+	UserTimeout bool
+}
+
+// DefaultKeepAlive is the real ztunnel's: a dead peer is noticed after half an hour.
+func DefaultKeepAlive() KeepAlive {
+	return KeepAlive{Enabled: true, Idle: 180 * time.Second, Interval: 180 * time.Second, Count: 9}
+}
+
+// Set sets it on a socket. What is accepted from a listener inherits it.
+func (k KeepAlive) Set(fd int) error {
+	if !k.Enabled {
+		return nil
+	}
+	options := []struct {
+		name          string
+		level, option int
+		value         int
+	}{
+		{"TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(k.Idle / time.Second)},
+		{"TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(k.Interval / time.Second)},
+		{"TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, k.Count},
+		{"SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+	}
+	for _, o := range options {
+		if err := unix.SetsockoptInt(fd, o.level, o.option, o.value); err != nil {
+			return os.NewSyscallError("setsockopt "+o.name, err)
+		}
+	}
+	if k.UserTimeout {
+		timeout := k.Idle + time.Duration(k.Count)*k.Interval
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(timeout.Milliseconds())); err != nil {
+			return os.NewSyscallError("setsockopt TCP_USER_TIMEOUT", err)
+		}
+	}
+	return nil
+}
+
+// socket makes a marked, non-blocking socket in the pod. The caller owns it.
+//
+// The mark is not an ornament: without it the pod's rules would capture what we
+// send, and it would come back to us.
+func (p *Pod) socket(addr netip.Addr, kind int) (fd int, err error) {
+	family := unix.AF_INET
+	if addr.Is6() {
+		family = unix.AF_INET6
+	}
+	err = p.enter(func() (err error) {
+		fd, err = unix.Socket(family, kind|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		return os.NewSyscallError("socket", err)
+	})
+	if err != nil {
+		return -1, err
+	}
+	if p.config.Mark != 0 {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(p.config.Mark)); err != nil {
+			unix.Close(fd)
+			return -1, os.NewSyscallError("setsockopt SO_MARK", err)
+		}
+	}
+	return fd, nil
+}
+
+// dial connects from inside the pod. With a source that is not the destination
+// itself, the peer sees that address; a kernel that forbids it is a warning, and
+// the peer sees the pod's. The caller owns the connection.
+func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error) {
+	deadline := time.Now().Add(ConnectTimeout)
+	if t := p.config.ConnectTime; t != 0 {
+		deadline = time.Now().Add(t)
+	}
+	fd, err := p.socket(dst.Addr(), unix.SOCK_STREAM)
+	if err != nil {
+		return Conn{}, err
+	}
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+		unix.Close(fd)
+		return Conn{}, os.NewSyscallError("setsockopt TCP_NODELAY", err)
+	}
+	if err := p.config.KeepAlive.Set(fd); err != nil {
+		unix.Close(fd)
+		return Conn{}, err
+	}
+	// A pod that calls itself through ztunnel: its own address is the right one.
+	if src.IsValid() && src != dst.Addr() && src.Is4() == dst.Addr().Is4() {
+		if err := spoof(fd, src); err != nil {
+			p.config.Log.Warn("the application will see ztunnel's address", "src", src, "error", err)
+		}
+	}
+	c, connected, err := startConnect(fd, dst)
+	if err != nil {
+		return Conn{}, err
+	}
+	c.SetWriteDeadline(deadline)
+	if !p.connecting(s, c) {
+		c.Close()
+		return Conn{}, errEnding
+	}
+	if !connected {
+		err = c.awaitConnect()
+	}
+	c.SetWriteDeadline(time.Time{})
+	if cause := s.cause.Load(); err == nil && cause != nil {
+		err = *cause // it came with a deadline, which has just been undone
+	}
+	if err != nil {
+		p.connecting(s, Conn{})
+		c.Close()
+		return Conn{}, err
+	}
+	return c, nil
+}
+
+// lowPorts is a range of ports for spoofed sources, below the one that clients
+// take theirs from (ip_local_port_range, 32768 and up): see spoof.
+const lowPorts = 32767<<16 | 1024
+
+// ipLocalPortRange is IP_LOCAL_PORT_RANGE of ip(7), Linux 6.3.
+const ipLocalPortRange = 51
+
+// spoof binds a socket to an address that is somebody else's: the application
+// shall see who calls (IP_TRANSPARENT, ip(7)).
+//
+// The port matters. The pod's connection tracking knows the client's own
+// connection as CLIENT:port -> POD:port, redirected to us. If ours had the same
+// port the kernel would take it for that one, and it would come back to us instead
+// of reaching the application. With a few thousand clients behind one address that
+// would happen all the time, so ours comes from a range that clients do not use.
+func spoof(fd int, src netip.Addr) error {
+	level, transparent, free := unix.SOL_IP, unix.IP_TRANSPARENT, unix.IP_FREEBIND
+	if src.Is6() {
+		level, transparent, free = unix.SOL_IPV6, unix.IPV6_TRANSPARENT, unix.IPV6_FREEBIND
+	}
+	if err := unix.SetsockoptInt(fd, level, transparent, 1); err != nil {
+		return os.NewSyscallError("setsockopt IP_TRANSPARENT", err)
+	}
+	if err := unix.SetsockoptInt(fd, level, free, 1); err != nil {
+		return os.NewSyscallError("setsockopt IP_FREEBIND", err)
+	}
+	// Both make the choice better and none is needed: an older kernel does without.
+	unix.SetsockoptInt(fd, unix.SOL_IP, ipLocalPortRange, lowPorts)
+	// The port is chosen at connect, when the destination is known: one port serves
+	// for many destinations.
+	unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	return os.NewSyscallError("bind", unix.Bind(fd, sockaddr(netip.AddrPortFrom(src, 0))))
+}
+
+// startConnect begins to connect the socket, which it takes over. Within one
+// machine that is often all.
+func startConnect(fd int, dst netip.AddrPort) (c Conn, connected bool, err error) {
+	err = unix.Connect(fd, sockaddr(dst))
+	if err != nil && err != unix.EINPROGRESS {
+		unix.Close(fd)
+		return Conn{}, false, os.NewSyscallError("connect", err)
+	}
+	return NewConn(fd), err == nil, nil
+}
+
+// awaitConnect waits until the peer has answered, or the write deadline has come.
+func (c Conn) awaitConnect() error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var result error
+	err = raw.Write(func(fd uintptr) bool {
+		var code int
+		code, result = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+		if result != nil {
+			return true
+		}
+		if code != 0 {
+			result = os.NewSyscallError("connect", unix.Errno(code))
+			return true
+		}
+		_, err := unix.Getpeername(int(fd))
+		return err == nil // ENOTCONN: not yet
+	})
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return errTimeout
+	}
+	return errors.Join(err, result)
+}
+
+func sockaddr(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+}
+
+// resetFD closes a connection with a RST: the peer is told that it is over, and
+// nothing of it lingers in the pod.
+func resetFD(fd int) {
+	unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	unix.Close(fd)
+}
+
+// reset is resetFD of a connection.
+func (c Conn) reset() {
+	c.control(func(fd int) error {
+		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	})
+	c.Close()
+}

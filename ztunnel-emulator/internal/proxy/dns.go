@@ -1,0 +1,98 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/ztunnel-emulator/internal/accesslog"
+	"ambient-emulator/ztunnel-emulator/internal/dns"
+)
+
+// forwarder asks the node's resolvers from inside the pod.
+func (p *Pod) forwarder() *dns.Forwarder {
+	return &dns.Forwarder{Resolvers: p.config.DNS, Dial: p.dialDNS, Log: p.config.Log.With(accesslog.Target, "dns")}
+}
+
+// dialDNS makes a marked socket to a resolver: by its mark the pod's rules let it
+// pass, and keep it apart from the application's own.
+func (p *Pod) dialDNS(ctx context.Context, network string, server netip.AddrPort) (net.Conn, error) {
+	kind := unix.SOCK_DGRAM
+	if network == "tcp" {
+		kind = unix.SOCK_STREAM
+	}
+	fd, err := p.socket(server.Addr(), kind)
+	if err != nil {
+		return nil, err
+	}
+	c, connected, err := startConnect(fd, server)
+	if err != nil {
+		return nil, err
+	}
+	if connected {
+		return netConn{c}, nil
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		c.SetWriteDeadline(deadline)
+	}
+	stop := context.AfterFunc(ctx, func() { abort(c) })
+	err = c.awaitConnect()
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	c.SetWriteDeadline(time.Time{})
+	return netConn{c}, nil
+}
+
+// DNS answers a query that came as a datagram, and returns at once. reply is
+// called with the answer, or not at all.
+func (p *Pod) DNS(query []byte, reply func([]byte)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return
+	}
+	p.wg.Add(1)
+	go p.dnsQuery(query, reply)
+}
+
+func (p *Pod) dnsQuery(query []byte, reply func([]byte)) {
+	defer p.wg.Done()
+	if answer := p.dns.Answer(p.ctx, query, "udp"); answer != nil {
+		reply(answer)
+	}
+}
+
+// dnsOverTCP serves a connection to 15053, and takes it over.
+func (p *Pod) dnsOverTCP(fd int) {
+	defer p.wg.Done()
+	c := NewConn(fd)
+	defer c.Close()
+	p.dns.ServeTCP(p.ctx, netConn{c})
+}
+
+// netConn is a Conn for those who want a net.Conn. Package net would make one
+// only of a second descriptor.
+type netConn struct{ Conn }
+
+func (c netConn) LocalAddr() net.Addr  { return c.name(unix.Getsockname) }
+func (c netConn) RemoteAddr() net.Addr { return c.name(unix.Getpeername) }
+
+func (c netConn) name(of func(int) (unix.Sockaddr, error)) net.Addr {
+	var addr netip.AddrPort
+	c.control(func(fd int) error {
+		sa, err := of(fd)
+		if err == nil {
+			addr = AddrPort(sa)
+		}
+		return err
+	})
+	return net.TCPAddrFromAddrPort(addr)
+}

@@ -1,0 +1,184 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// errRecursive is a connection that would come back to us.
+var errRecursive = errors.New("attempted recursive call to ourselves")
+
+// outbound serves what the pod's rules have redirected to 15001, and takes it
+// over: a connection that the application has made.
+func (p *Pod) outbound(fd int) {
+	defer p.wg.Done()
+	l := line{pod: p, began: time.Now(), outbound: true}
+	dst, ok := p.destination(&l, fd, PortOutbound)
+	if !ok {
+		return
+	}
+	// The port is one of ours and nobody listens there but ourselves.
+	if dst.Addr().IsLoopback() && illegal(dst.Port()) {
+		l.deny(errRecursive)
+		unix.Close(fd)
+		return
+	}
+	p.relayTo(&l, fd, dst, netip.Addr{})
+}
+
+// inboundPassthrough serves what the pod's rules have redirected to 15006, and
+// takes it over: plaintext for the application.
+func (p *Pod) inboundPassthrough(fd int) {
+	defer p.wg.Done()
+	l := line{pod: p, began: time.Now()}
+	dst, ok := p.destination(&l, fd, PortInboundPassthrough)
+	if !ok {
+		return
+	}
+	if illegal(dst.Port()) {
+		l.deny(errRecursive)
+		unix.Close(fd)
+		return
+	}
+	src := netip.Addr{}
+	if transparent(fd) {
+		src = l.src.Addr()
+	} else {
+		p.sayNoSrc.Do(func() {
+			p.config.Log.Warn("the application sees the pod's own address in place of its clients': ENABLE_ORIG_SRC=false, or no CAP_NET_ADMIN in the pod", "pod", p.String())
+		})
+	}
+	p.relayTo(&l, fd, dst, src)
+}
+
+// destination finds out who calls whom. It returns false when the connection is
+// none of these, and has been dealt with.
+func (p *Pod) destination(l *line, fd int, port uint16) (netip.AddrPort, bool) {
+	peer, err := unix.Getpeername(fd)
+	if err != nil {
+		unix.Close(fd) // it has left already
+		return netip.AddrPort{}, false
+	}
+	l.src = AddrPort(peer)
+	dst, redirected, err := OriginalDst(fd)
+	if err != nil {
+		unix.Close(fd)
+		return netip.AddrPort{}, false
+	}
+	l.dst = dst
+	if redirected || dst.Port() != port {
+		return dst, true
+	}
+	// Nobody has redirected it: it was meant for us. To go on would be to call
+	// ourselves, for ever.
+	if p.unredirected != nil {
+		p.unredirected(fd)
+		return netip.AddrPort{}, false
+	}
+	l.deny(errRecursive)
+	unix.Close(fd)
+	return netip.AddrPort{}, false
+}
+
+// transparent tells whether the connection's listener could be made so: then the
+// sockets onward can, too.
+func transparent(fd int) bool {
+	on, err := unix.GetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT)
+	return err == nil && on == 1
+}
+
+// relayTo connects onward, from src if that is set, and starts the relay between
+// the two. It takes over fd.
+//
+// The kernel has completed the client's handshake before we knew of it, so the
+// only way to say that the way onward is closed is a reset.
+func (p *Pod) relayTo(l *line, fd int, dst netip.AddrPort, src netip.Addr) {
+	s := &session{accepted: NewConn(fd)}
+	if !p.begin(s) {
+		s.accepted.reset()
+		return
+	}
+	l.opened()
+	onward, err := p.dial(s, dst, src)
+	if err != nil {
+		s.accepted.reset()
+		p.forget(s)
+		l.complete(Counts{}, l.connectError(err))
+		return
+	}
+	s.onward = onward
+	p.wg.Add(1)
+	Relay(s.accepted, onward, func(c Counts, err error) { p.relayed(l, s, c, err) })
+}
+
+// relayed is the end of a relay.
+func (p *Pod) relayed(l *line, s *session, c Counts, err error) {
+	defer p.wg.Done()
+	if cause := s.cause.Load(); cause != nil {
+		// The pod ends, and its namespace shall end with it: an orphan that waits
+		// for its peer's ACK would keep it.
+		err = *cause
+		s.accepted.reset()
+		s.onward.reset()
+	} else {
+		closeAfter(s.accepted, err)
+		closeAfter(s.onward, err)
+	}
+	p.forget(s)
+	if gone(err) {
+		err = nil // as the real one has it: how a peer leaves is its own affair
+	}
+	l.complete(c, err)
+}
+
+// gone tells the errors of a peer that is not there any more.
+func gone(err error) bool {
+	for _, e := range []unix.Errno{unix.ECONNRESET, unix.EPIPE, unix.ENOTCONN} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// closeAfter closes one end of a relay. If that has broken, the other end shall
+// not take the bytes so far for all there were: it is reset, unless that would
+// lose some of them.
+//
+// (The real ztunnel takes a reset for an end, and the client cannot tell.)
+func closeAfter(c Conn, err error) {
+	unsent := 0
+	if err != nil {
+		c.control(func(fd int) (err error) {
+			unsent, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+			return err
+		})
+	}
+	if err != nil && unsent == 0 {
+		c.reset()
+		return
+	}
+	c.Close()
+}
+
+// String names the pod in logs.
+func (i Identity) String() string { return i.Namespace + "/" + i.Name }
+
+// osError words an error as the real ztunnel's log does: `Connection refused (os
+// error 111)`.
+func osError(err error) string {
+	if errno := unix.Errno(0); errors.As(err, &errno) {
+		text := errno.Error()
+		return fmt.Sprintf("%s%s (os error %d)", strings.ToUpper(text[:1]), text[1:], int(errno))
+	}
+	if se := (*os.SyscallError)(nil); errors.As(err, &se) {
+		return se.Err.Error()
+	}
+	return err.Error()
+}

@@ -1,0 +1,182 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/ztunnel-emulator/internal/dns"
+)
+
+// The ports of an ambient pod that ztunnel binds itself.
+const (
+	PortInbound            = 15008 // HBONE: what another ztunnel sends
+	PortInboundPassthrough = 15006 // captured inbound plaintext
+	PortOutbound           = 15001 // captured outbound
+	PortDNS                = 15053 // captured DNS
+)
+
+// illegal tells the ports that lead back to ztunnel. (15053 is not among the real
+// ztunnel's either.)
+func illegal(port uint16) bool {
+	return port == PortInbound || port == PortInboundPassthrough || port == PortOutbound
+}
+
+// Config is what all pods of a ztunnel have in common.
+type Config struct {
+	Mark        uint32        // SO_MARK of every socket that is made in a pod; 0 for none
+	KeepAlive   KeepAlive     // of connections that last, on both sides
+	ConnectTime time.Duration // how long a connect may take; 0 is ConnectTimeout
+	DNS         dns.Resolvers // without a server, every query is answered with SERVFAIL
+	Log         *slog.Logger  // access lines
+}
+
+// Identity is who a pod is, as the agent says. In the seed's mode nobody says.
+type Identity struct{ Name, Namespace, ServiceAccount string }
+
+// Pod is what the connections of one pod have in common. It makes sockets in the
+// pod, and knows all connections, so that none outlives it.
+type Pod struct {
+	Identity
+	config *Config
+	// enter runs a function on a thread that is in the pod, or returns an error
+	// when the pod has ended.
+	enter func(func() error) error
+	// unredirected, if set, takes over a connection to 15001 or 15006 that nobody
+	// has redirected. It is the seed's; otherwise such a call is a loop.
+	unredirected func(fd int)
+
+	dns      *dns.Forwarder
+	ctx      context.Context // ends with the pod
+	end      context.CancelFunc
+	wg       sync.WaitGroup // every goroutine that deals with this pod's traffic
+	sayNoSrc sync.Once
+
+	mu     sync.Mutex
+	closed bool
+	open   map[*session]struct{}
+}
+
+// NewPod returns what serves the connections of a pod. enter runs a function on
+// a thread inside the pod's namespace. Close it.
+func (c *Config) NewPod(id Identity, enter func(func() error) error, unredirected func(fd int)) *Pod {
+	p := &Pod{Identity: id, config: c, enter: enter, unredirected: unredirected, open: make(map[*session]struct{})}
+	p.ctx, p.end = context.WithCancel(context.Background())
+	p.dns = p.forwarder()
+	return p
+}
+
+// Serve takes over a connection that was accepted at one of ztunnel's ports, and
+// returns at once.
+func (p *Pod) Serve(port uint16, fd int) {
+	p.mu.Lock()
+	closed := p.closed
+	if !closed {
+		p.wg.Add(1)
+	}
+	p.mu.Unlock()
+	if closed {
+		resetFD(fd)
+		return
+	}
+	switch port {
+	case PortOutbound:
+		go p.outbound(fd)
+	case PortInboundPassthrough:
+		go p.inboundPassthrough(fd)
+	case PortDNS:
+		go p.dnsOverTCP(fd)
+	default:
+		p.wg.Done()
+		unix.Close(fd)
+	}
+}
+
+// session is a connection that was accepted and, perhaps, the one onward.
+type session struct {
+	accepted, onward Conn // onward has no File until it connects
+	cause            atomic.Pointer[error]
+}
+
+// errDrained is what the access line of a connection says that did not end by
+// itself.
+var errDrained = errors.New("connection closed due to connection drain")
+
+// errEnding is told to who wants to connect in a pod that has ended.
+var errEnding = errors.New("the pod has ended")
+
+// begin registers a session, or returns false when the pod has ended.
+func (p *Pod) begin(s *session) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return false
+	}
+	p.open[s] = struct{}{}
+	return true
+}
+
+// connecting adds the connection onward to a session, so that it can be cut while
+// it connects; or returns false when the pod has ended.
+func (p *Pod) connecting(s *session, onward Conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s.onward = onward
+	return !p.closed
+}
+
+// forget is the end of a session. Its connections are closed by the caller.
+func (p *Pod) forget(s *session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.open, s)
+}
+
+// cut ends a session from outside; cause goes to its access line. It is closed in
+// a moment, by whoever serves it.
+func (s *session) cut(cause error) {
+	s.cause.CompareAndSwap(nil, &cause)
+	abort(s.accepted)
+	if s.onward.File != nil {
+		abort(s.onward)
+	}
+}
+
+// WaitIdle waits until all connections have ended by themselves, so long at most.
+func (p *Pod) WaitIdle(most time.Duration) {
+	deadline := time.Now().Add(most)
+	for {
+		p.mu.Lock()
+		n := len(p.open)
+		p.mu.Unlock()
+		if n == 0 || time.Now().After(deadline) {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// Close ends every connection of the pod at once and waits until they are closed.
+// The namespace has to stay enterable until then.
+func (p *Pod) Close() {
+	p.mu.Lock()
+	p.closed = true
+	for s := range p.open {
+		s.cut(errDrained)
+	}
+	p.mu.Unlock()
+	p.end()
+	p.wg.Wait()
+}
+
+// Open returns how many connections there are.
+func (p *Pod) Open() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.open)
+}
