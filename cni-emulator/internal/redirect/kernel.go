@@ -49,7 +49,9 @@ func (c Config) features() []feature {
 			feature{"matching the socket of a packet", "CONFIG_NFT_SOCKET", filter, rule{match: []part{socketMark(ProxyMark)}, then: []part{accept()}}})
 	}
 	if c.Mode == TProxy {
-		list = append(list, feature{"tproxy", "CONFIG_NFT_TPROXY", filter, rule{match: []part{tcp()}, then: v4().deliver(InboundPort)}})
+		list = append(list,
+			feature{"tproxy", "CONFIG_NFT_TPROXY", filter, rule{match: []part{tcp()}, then: v4().deliver(InboundPort)}},
+			feature{"reject at prerouting (Linux 5.9)", "CONFIG_NFT_REJECT", filter, rule{match: []part{tcp()}, then: []part{reset()}}})
 	}
 	return list
 }

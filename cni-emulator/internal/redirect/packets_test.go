@@ -114,33 +114,68 @@ func TestDNSFromTheSamePort(t *testing.T) {
 	}
 }
 
-// A connection that was there before is counted, and reset.
+// A connection that was there before is counted, and reset by whoever sends first.
 func TestOpenConnections(t *testing.T) {
-	w := newWorld(t)
-	c := Config{Mode: Redirect, IPv6: true}
-	a := addressesOf(v4())
-	l, err := socketOf{kind: unix.SOCK_STREAM, bind: netip.MustParseAddrPort("0.0.0.0:9999")}.in(w.r)
+	for _, mode := range []Mode{Redirect, TProxy} {
+		w := newWorld(t)
+		c := Config{Mode: mode, IPv6: true}
+		type end struct {
+			what string
+			fd   int
+		}
+		var ends []end
+		for _, f := range c.families() {
+			w.people(f, c)
+			a := addressesOf(f)
+			at := netip.AddrPortFrom
+			stream := func(to netip.Addr) socketOf { return socketOf{kind: unix.SOCK_STREAM, bind: at(to, 0)} }
+			// One that the pod has made, and one that was made to it; each speaks first
+			// on one of two.
+			for i, first := range []string{"P", "R"} {
+				port := uint16(9100 + i)
+				out, far := w.connection(w.p, stream(a.pod), w.r, at(a.remote, port))
+				far2, in := w.connection(w.r, stream(a.remote), w.p, at(a.pod, port))
+				if first == "P" {
+					ends = append(ends, end{f.name + ": the pod, on its own", out}, end{f.name + ": the pod, on R's", in})
+				} else {
+					ends = append(ends, end{f.name + ": R, on the pod's", far}, end{f.name + ": R, on its own", far2})
+				}
+			}
+		}
+		report, err := Install(w.p, c)
+		if err != nil || report.Open != 8 {
+			t.Errorf("%s: %+v, %v", mode, report, err)
+		}
+		if report, err := Install(w.p, c); err != nil || report.Open != 0 {
+			t.Errorf("%s: again: %+v, %v", mode, report, err)
+		}
+		for _, e := range ends {
+			unix.Write(e.fd, []byte("?"))
+			if _, err := unix.Read(e.fd, make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("%s, %s: %v", mode, e.what, err)
+			}
+		}
+	}
+}
+
+// connection makes a connection from one to another, both with patience.
+func (w *world) connection(from *netns.NS, s socketOf, to *netns.NS, addr netip.AddrPort) (client, server int) {
+	w.t.Helper()
+	l, err := socketOf{kind: unix.SOCK_STREAM, bind: addr}.in(to)
 	w.must(err)
 	defer unix.Close(l)
 	w.must(unix.Listen(l, 1))
-	fd, err := socketOf{kind: unix.SOCK_STREAM, bind: netip.MustParseAddrPort("0.0.0.0:0")}.in(w.p)
+	client, err = s.in(from)
 	w.must(err)
-	defer unix.Close(fd)
-	w.must(unix.Connect(fd, sockaddr(netip.AddrPortFrom(a.remote, 9999))))
-
-	report, err := Install(w.p, c)
-	if err != nil || report.Open != 1 {
-		t.Errorf("%+v, %v", report, err)
-	}
-	if report, err := Install(w.p, c); err != nil || report.Open != 0 {
-		t.Errorf("again: %+v, %v", report, err)
-	}
+	w.t.Cleanup(func() { unix.Close(client) })
+	w.must(unix.Connect(client, sockaddr(addr)))
+	server, _, err = unix.Accept4(l, unix.SOCK_CLOEXEC)
+	w.must(err)
+	w.t.Cleanup(func() { unix.Close(server) })
 	tv := unix.NsecToTimeval(patience.Nanoseconds())
-	w.must(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
-	unix.Write(fd, []byte("?"))
-	if _, err := unix.Read(fd, make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
-		t.Errorf("read: %v", err)
-	}
+	w.must(unix.SetsockoptTimeval(client, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
+	w.must(unix.SetsockoptTimeval(server, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
+	return client, server
 }
 
 // With no ztunnel a captured pod is closed in both modes, and without our rules

@@ -14,7 +14,10 @@ func accept() part { return verdict("accept", expr.VerdictAccept) }
 
 func ret() part { return verdict("return", expr.VerdictReturn) }
 
-func drop() part { return verdict("drop", expr.VerdictDrop) }
+// reset answers with RST, as a closed port does.
+func reset() part {
+	return part{words: "reject with tcp reset", exprs: []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}}
+}
 
 func verdict(words string, kind expr.VerdictKind) part {
 	return part{words: words, exprs: []expr.Any{&expr.Verdict{Kind: kind}}}

@@ -19,9 +19,11 @@ func (c Config) tproxy() (rules []rule) {
 		return rule{id: "T3", why: "HBONE goes to ztunnel's listener, though that is on loopback", match: []part{f.only(), dport(unix.IPPROTO_TCP, HBONEPort), notMark(ProxyMark)}, then: f.deliver(HBONEPort)}
 	})
 	// The TPROXY of iptables drops what finds no listener; the one of nftables
-	// lets it pass, to the application. A captured pod is closed rather.
+	// lets it pass, to the application. A captured pod is closed rather, and says
+	// so as with REDIRECT: also to who has a connection that is older than the
+	// rules, and would wait for ever.
 	rules = append(rules,
-		rule{id: "T4", why: "nobody listens there: closed", match: append(c.any(), dport(unix.IPPROTO_TCP, HBONEPort), notMark(ProxyMark)), then: []part{drop()}},
+		rule{id: "T4", why: "nobody listens there: closed", match: append(c.any(), dport(unix.IPPROTO_TCP, HBONEPort), notMark(ProxyMark)), then: []part{reset()}},
 		rule{id: "T5", why: "answers to what the pod has sent", match: append(c.any(), tcp(), established()), then: []part{accept()}})
 	if c.BypassInbound {
 		return rules
@@ -30,7 +32,7 @@ func (c Config) tproxy() (rules []rule) {
 		return rule{id: "T6", why: "all other TCP that comes in goes to ztunnel", match: []part{f.notTo(f.loopback), tcp(), notMark(ProxyMark)}, then: f.deliver(InboundPort)}
 	})
 	return c.each(rules, func(f family) rule {
-		return rule{id: "T7", why: "nobody listens there: closed", match: []part{f.notTo(f.loopback), tcp(), notMark(ProxyMark)}, then: []part{drop()}}
+		return rule{id: "T7", why: "nobody listens there: closed", match: []part{f.notTo(f.loopback), tcp(), notMark(ProxyMark)}, then: []part{reset()}}
 	})
 }
 
