@@ -55,10 +55,8 @@ func (p *pod) install(c Config) (report Report, err error) {
 	if err != nil {
 		return Report{}, err
 	}
-	if c.Mode == Redirect {
-		if err := s.reachable(); err != nil {
-			return Report{}, err
-		}
+	if err := s.reachable(c); err != nil {
+		return Report{}, err
 	}
 	if len(ours) == 0 {
 		report.Open = s.open

@@ -222,21 +222,79 @@ func TestClosedWithoutZtunnel(t *testing.T) {
 	}
 }
 
-// REDIRECT does not reach a listener on loopback; one on any other address, or
-// none yet, is fine.
-func TestLoopbackOnly(t *testing.T) {
-	for bind, refused := range map[string]bool{"127.0.0.1:15006": true, "[::1]:15008": true, "0.0.0.0:15006": false, "[::]:15008": false, "127.0.0.1:15001": false} {
-		w := &world{t: t, p: newWorld(t).p}
-		w.listen(w.p, "z", socketOf{kind: unix.SOCK_STREAM, bind: netip.MustParseAddrPort(bind)})
-		_, err := Install(w.p, Config{Mode: Redirect, IPv6: true})
-		if errors.Is(err, ErrLoopbackOnly) != refused || (err != nil) != refused {
-			t.Errorf("%s: %v", bind, err)
+// REDIRECT does not reach a listener on loopback, and TPROXY none that is not
+// transparent; one on any other address, or none yet, is fine.
+func TestListenersOutOfReach(t *testing.T) {
+	for _, tt := range []struct {
+		bind             string
+		transparent      bool
+		redirect, tproxy error
+	}{
+		{"127.0.0.1:15006", true, ErrLoopbackOnly, nil},
+		{"127.0.0.1:15006", false, ErrLoopbackOnly, ErrOpaque},
+		{"[::1]:15008", true, ErrLoopbackOnly, nil},
+		{"[::1]:15008", false, ErrLoopbackOnly, ErrOpaque},
+		{"0.0.0.0:15006", true, nil, nil},
+		{"0.0.0.0:15006", false, nil, ErrOpaque},
+		{"[::]:15008", true, nil, nil},
+		{"[::]:15008", false, nil, ErrOpaque},
+		{"127.0.0.1:15001", false, nil, nil}, // TPROXY does not lead there
+		{"127.0.0.1:8080", false, nil, nil},
+	} {
+		w := &world{t: t, p: netnstest.New(t)}
+		w.listen(w.p, "z", socketOf{kind: unix.SOCK_STREAM, transparent: tt.transparent, bind: netip.MustParseAddrPort(tt.bind)})
+		before := state(t, w.p)
+		for mode, want := range map[Mode]error{Redirect: tt.redirect, TProxy: tt.tproxy} {
+			_, err := Install(w.p, Config{Mode: mode, IPv6: true})
+			if !errors.Is(err, want) || (err == nil) != (want == nil) {
+				t.Errorf("%s, transparent %v, %s: %v", tt.bind, tt.transparent, mode, err)
+			}
+			if want == ErrLoopbackOnly && !strings.Contains(fmt.Sprint(err), "tproxy") {
+				t.Errorf("%s: %v does not say what to do", tt.bind, err)
+			}
+			remove(t, w.p)
+			same(t, tt.bind+": after", state(t, w.p), before)
 		}
-		if refused && !strings.Contains(err.Error(), "tproxy") {
-			t.Errorf("%s: %v does not say what to do", bind, err)
-		}
-		install(t, w.p, Config{Mode: TProxy, IPv6: true})
 	}
+	// One that is found is enough.
+	w := &world{t: t, p: netnstest.New(t)}
+	w.listen(w.p, "a", socketOf{kind: unix.SOCK_STREAM, bind: netip.MustParseAddrPort("[::1]:15006")})
+	w.listen(w.p, "b", socketOf{kind: unix.SOCK_STREAM, transparent: true, bind: netip.MustParseAddrPort("127.0.0.1:15006")})
+	install(t, w.p, Config{Mode: TProxy, IPv6: true})
+	// Guests come by the virtual interface's address, in both modes.
+	w.listen(w.p, "c", socketOf{kind: unix.SOCK_STREAM, transparent: true, bind: netip.MustParseAddrPort("127.0.0.1:15001")})
+	if _, err := Install(w.p, Config{Mode: TProxy, IPv6: true, VirtualInterfaces: []string{"tap0"}}); !errors.Is(err, ErrGuests) {
+		t.Errorf("guests: %v", err)
+	}
+}
+
+// A connection that one side has ended is open as long as the other may speak.
+func TestOpenIsWhatMaySpeak(t *testing.T) {
+	w := newWorld(t)
+	a := addressesOf(v4())
+	stream := socketOf{kind: unix.SOCK_STREAM, bind: netip.AddrPortFrom(a.pod, 0)}
+	open := func(want int) {
+		t.Helper()
+		p, err := open(w.p)
+		w.must(err)
+		defer p.close()
+		if s, err := p.sockets(); err != nil || s.open != want {
+			t.Errorf("%d open, %v; want %d", s.open, err, want)
+		}
+	}
+	asks, _ := w.connection(w.p, stream, w.r, netip.AddrPortFrom(a.remote, 9100))
+	w.must(unix.Shutdown(asks, unix.SHUT_WR))
+	open(1)
+	_, answered := w.connection(w.p, stream, w.r, netip.AddrPortFrom(a.remote, 9101))
+	w.must(unix.Shutdown(answered, unix.SHUT_WR))
+	open(2)
+	left, _ := w.connection(w.p, stream, w.r, netip.AddrPortFrom(a.remote, 9102))
+	open(3)
+	w.must(unix.Dup3(answered, left, unix.O_CLOEXEC)) // closes it, and keeps its number ours
+	open(2)
+	// The pod with itself: nothing is captured there.
+	w.connection(w.p, stream, w.p, netip.AddrPortFrom(a.pod, 9103))
+	open(2)
 }
 
 // This kernel has everything; a kernel's refusals are read as what they prove.

@@ -24,7 +24,7 @@ type pod struct {
 	id    netns.ID
 	nft   *nftables.Conn
 	links *netlink.Handle // links, routes, policy rules
-	diag  *netlink.Handle // sockets; nil if the kernel has no sock_diag(7)
+	diag  *mdlayher.Conn  // sockets; nil if the kernel has no sock_diag(7)
 	no6   bool            // the kernel has no IPv6
 	off6  bool            // IPv6 is disabled on lo
 }
@@ -56,8 +56,10 @@ func (p *pod) openInside() (err error) {
 		return fmt.Errorf("set a netlink socket's timeout: %w", err)
 	}
 	// A kernel without it can't say who listens; then nobody asks.
-	if p.diag, err = netlink.NewHandle(unix.NETLINK_INET_DIAG); err != nil {
+	if p.diag, err = mdlayher.Dial(unix.NETLINK_SOCK_DIAG, nil); err != nil {
 		p.diag = nil
+	} else if err = p.diag.SetDeadline(time.Now().Add(patience)); err != nil {
+		return fmt.Errorf("set a netlink socket's timeout: %w", err)
 	}
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
 	// Unreadable is as good as enabled, as in the real agent; but where there is
@@ -72,9 +74,10 @@ func (p *pod) close() {
 	if p.nft != nil {
 		p.nft.CloseLasting()
 	}
-	for _, h := range []*netlink.Handle{p.links, p.diag} {
-		if h != nil {
-			h.Close()
-		}
+	if p.links != nil {
+		p.links.Close()
+	}
+	if p.diag != nil {
+		p.diag.Close()
 	}
 }

@@ -99,6 +99,8 @@ var (
 // Why a pod can't be captured.
 var (
 	ErrLoopbackOnly = errors.New("listens on loopback only, where REDIRECT does not lead: capture it with tproxy")
+	ErrOpaque       = errors.New("listens without IP_TRANSPARENT, and TPROXY passes by such a socket: ztunnel sets it when it has CAP_NET_ADMIN, so run that with sudo")
+	ErrGuests       = errors.New("listens on loopback only, where guests behind a virtual interface are not led: their ztunnel listens on the wildcard address")
 	ErrLoDown       = errors.New("lo is down in the pod, and captured traffic passes over it: ip -n NAME link set lo up")
 	ErrTableInUse   = fmt.Errorf("route table %d of the pod has routes of somebody else's", RouteTable)
 	ErrForeign      = errors.New("it is not ours, but istio-cni's own or somebody's who took its name: the pod is captured already")
