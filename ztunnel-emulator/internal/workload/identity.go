@@ -7,11 +7,8 @@ type identity struct{ trustDomain, namespace, serviceAccount string }
 
 const spiffe = "spiffe://"
 
-func (id identity) String() string { return spiffe + id.principal() }
-
-// principal is the identity as policies write it.
-func (id identity) principal() string {
-	return id.trustDomain + "/ns/" + id.namespace + "/sa/" + id.serviceAccount
+func (id identity) String() string {
+	return spiffe + id.trustDomain + "/ns/" + id.namespace + "/sa/" + id.serviceAccount
 }
 
 // parseIdentity takes apart spiffe://<trust domain>/ns/<namespace>/sa/<account>
