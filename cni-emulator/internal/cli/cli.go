@@ -68,7 +68,10 @@ func newRoot(stderr io.Writer) *cobra.Command {
 It opens the network namespace at <netns_path> and passes its file descriptor
 over the Unix socket at <uds_path>, where ztunnel-emulator listens. ztunnel
 enters the namespace, binds 127.0.0.1:15008, 15006 and 15001 there and comes
-back; then this command ends. It prints nothing when all went well.`,
+back; then this command ends. It prints nothing when all went well.
+
+It redirects nothing. ` + "`cni-emulator rules install --capture tproxy`" + ` sends the pod's
+traffic through these listeners.`,
 		Example: `  sudo ip netns add ns2 && sudo ip -n ns2 link set lo up
   sudo ztunnel-emulator /tmp/zt.sock &
   sudo cni-emulator /tmp/zt.sock /var/run/netns/ns2

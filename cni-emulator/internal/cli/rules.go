@@ -80,10 +80,19 @@ func newRulesInstall() *cobra.Command {
 nothing when all went well; the same again changes nothing. If it fails the pod
 is as it was before.
 
-From then on nothing gets in or out over TCP unless a ztunnel listens in the pod:
-on the wildcard address for redirect, on 127.0.0.1 or anywhere for tproxy.`,
+Which way depends on where ztunnel listens in the pod:
+  redirect  on the wildcard address: ztunnel-emulator --inpod-uds, and the real one
+  tproxy    on 127.0.0.1, as ztunnel-emulator <uds_path> does, or anywhere; the
+            listeners are transparent, for which ztunnel needs CAP_NET_ADMIN
+It may be done before the pod is handed over or after. Until ztunnel listens there
+no TCP gets in or out. What listens there already and would not be found is a
+reason to refuse.`,
 		Example: `  sudo cni-emulator rules install --netns /var/run/netns/web
   sudo cni-emulator rules install --netns /var/run/netns/web --capture tproxy --dns-capture
+
+  sudo ztunnel-emulator /tmp/zt.sock &
+  sudo cni-emulator rules install --capture tproxy --netns /var/run/netns/ns2
+  sudo cni-emulator /tmp/zt.sock /var/run/netns/ns2
 
 Exit codes:
   0  the pod's traffic is captured
@@ -107,7 +116,7 @@ Exit codes:
 	}
 	n.register(cmd)
 	f := cmd.Flags()
-	f.StringVar(&mode, "capture", string(redirect.Redirect), "how: redirect, or tproxy if the listeners are on 127.0.0.1")
+	f.StringVar(&mode, "capture", string(redirect.Redirect), "how: redirect, or tproxy for listeners on 127.0.0.1")
 	f.BoolVar(&c.DNS, "dns-capture", false, "send DNS to ztunnel, too (port 15053)")
 	f.BoolVar(&c.IPv6, "ipv6", true, "capture IPv6 as IPv4; =false leaves it alone")
 	f.BoolVar(&c.BypassInbound, "bypass-inbound-capture", false, "do not capture plaintext that comes in (an ingress gateway)")

@@ -38,7 +38,7 @@ func Install(ns *netns.NS, c Config) (Report, error) {
 	defer p.close()
 	report, err := p.install(c)
 	if err != nil {
-		return Report{}, fmt.Errorf("capture %v with %s: %w", p.id, c.Mode, p.explain(err, c))
+		return Report{}, fmt.Errorf("capture %v with %s: %w", p.id, c.Mode, p.explain(err, c.features()))
 	}
 	return report, nil
 }
@@ -85,7 +85,7 @@ func Remove(ns *netns.NS) error {
 	}
 	defer p.close()
 	if err := p.remove(); err != nil {
-		return fmt.Errorf("remove the rules from %v: %w", p.id, lacks(err, "CAP_NET_ADMIN"))
+		return fmt.Errorf("remove the rules from %v: %w", p.id, p.explain(err, basics()))
 	}
 	return nil
 }
@@ -121,13 +121,17 @@ func (p *pod) replaceTables(old []installed, tables []table) {
 		for _, c := range t.chains {
 			nc := &nftables.Chain{Name: c.name, Table: nt}
 			if c.jump != "" {
-				p.nft.AddRule(&nftables.Rule{Table: nt, Chain: nc, Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: c.jump}}})
+				p.nft.AddRule(&nftables.Rule{Table: nt, Chain: nc, Exprs: jumpTo(c.jump)})
 			}
 			for _, r := range c.rules {
 				p.nft.AddRule(&nftables.Rule{Table: nt, Chain: nc, Exprs: r.compile(), UserData: userdata.AppendString(nil, userdata.TypeComment, r.comment())})
 			}
 		}
 	}
+}
+
+func jumpTo(chain string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}
 }
 
 func tableOf(name string) *nftables.Table {

@@ -24,12 +24,15 @@ const (
 
 func (a Answer) String() string { return [...]string{"cannot tell", "works", "proven absent"}[a] }
 
-// feature is something of nftables that a kernel may be built without.
+// feature is something that a kernel may be built without. ask asks for it by the
+// harmless version of the real thing.
 type feature struct {
 	name, config string
-	base         chain
-	rule         rule
+	ask          func(*pod) error
 }
+
+// basics are what every configuration needs.
+func basics() []feature { return Config{Mode: Redirect}.features() }
 
 // features lists what a configuration needs.
 func (c Config) features() []feature {
@@ -37,38 +40,56 @@ func (c Config) features() []feature {
 	route := chain{name: "c", kind: nftables.ChainTypeRoute, hook: "output", priority: -150, jump: "-"}
 	nat := chain{name: "c", kind: nftables.ChainTypeNAT, hook: "output", priority: -100, jump: "-"}
 	list := []feature{
-		{"tables of family inet", "CONFIG_NF_TABLES_INET", filter, rule{then: []part{accept()}}},
-		{"chains of type route", "CONFIG_NF_TABLES_INET", route, rule{then: []part{accept()}}},
-		{"NAT in family inet (Linux 5.2)", "CONFIG_NFT_NAT", nat, rule{then: []part{accept()}}},
-		{"redirect", "CONFIG_NFT_REDIR", nat, rule{match: []part{tcp()}, then: []part{redirectTo(OutboundPort)}}},
-		{"connection marks", "CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_MARK", filter, rule{then: []part{setCtMark(RouteMark)}}},
+		{"tables of family inet", "CONFIG_NF_TABLES_INET", try(filter, rule{then: []part{accept()}})},
+		{"chains of type route", "CONFIG_NF_TABLES_INET", try(route, rule{then: []part{accept()}})},
+		{"NAT in family inet (Linux 5.2)", "CONFIG_NFT_NAT", try(nat, rule{then: []part{accept()}})},
+		{"redirect", "CONFIG_NFT_REDIR", try(nat, rule{match: []part{tcp()}, then: []part{redirectTo(OutboundPort)}})},
+		{"connection marks", "CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_MARK", try(filter, rule{then: []part{setCtMark(RouteMark)}})},
+		{"policy routing", "CONFIG_IP_MULTIPLE_TABLES", policyRouting(v4())},
+	}
+	if c.IPv6 {
+		list = append(list, feature{"policy routing of IPv6", "CONFIG_IPV6_MULTIPLE_TABLES", policyRouting(v6())})
 	}
 	if c.DNS {
 		list = append(list,
-			feature{"conntrack zones", "CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_ZONES", filter, rule{then: []part{setZone(dnsZone)}}},
-			feature{"matching the socket of a packet", "CONFIG_NFT_SOCKET", filter, rule{match: []part{socketMark(ProxyMark)}, then: []part{accept()}}})
+			feature{"conntrack zones", "CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_ZONES", try(filter, rule{then: []part{setZone(dnsZone)}})},
+			feature{"matching the socket of a packet", "CONFIG_NFT_SOCKET", try(filter, rule{match: []part{socketMark(ProxyMark)}, then: []part{accept()}})})
 	}
 	if c.Mode == TProxy {
 		list = append(list,
-			feature{"tproxy", "CONFIG_NFT_TPROXY", filter, rule{match: []part{tcp()}, then: v4().deliver(InboundPort)}},
-			feature{"reject at prerouting (Linux 5.9)", "CONFIG_NFT_REJECT", filter, rule{match: []part{tcp()}, then: []part{reset()}}})
+			feature{"tproxy", "CONFIG_NFT_TPROXY", try(filter, rule{match: []part{tcp()}, then: v4().deliver(InboundPort)})},
+			feature{"reject at prerouting (Linux 5.9)", "CONFIG_NFT_REJECT", try(filter, rule{match: []part{tcp()}, then: []part{reset()}})})
 	}
 	return list
 }
 
-// probe asks the kernel for one thing by the harmless version of the real one: a
-// table with that rule which is deleted in the transaction that makes it.
-func (p *pod) probe(f feature) (Answer, error) {
-	t := p.nft.AddTable(tableOf(fmt.Sprintf("ambient-probe-%d", os.Getpid())))
-	c := p.nft.AddChain(chainOf(t, f.base))
-	p.nft.AddRule(&nftables.Rule{Table: t, Chain: c, Exprs: f.rule.compile()})
-	p.nft.DelTable(t)
-	err := p.nft.Flush()
-	return judge(err), err
+// try asks for a rule in a base chain: a table that is deleted in the transaction
+// that makes it.
+func try(base chain, r rule) func(*pod) error {
+	return func(p *pod) error {
+		t := p.nft.AddTable(tableOf(fmt.Sprintf("ambient-probe-%d", os.Getpid())))
+		c := p.nft.AddChain(chainOf(t, base))
+		p.nft.AddRule(&nftables.Rule{Table: t, Chain: c, Exprs: r.compile()})
+		p.nft.DelTable(t)
+		return p.nft.Flush()
+	}
+}
+
+// policyRouting looks at the family's policy rules, of which every kernel that can
+// have some has some.
+func policyRouting(f family) func(*pod) error {
+	return func(p *pod) error {
+		if f.af() == unix.AF_INET6 && p.no6 {
+			return nil // nobody will ask
+		}
+		_, err := p.links.RuleList(f.af())
+		return err
+	}
 }
 
 // judge reads the kernel's answer to a probe. What it does not know it calls
-// ENOENT, after having looked for a module, or EOPNOTSUPP.
+// ENOENT, after having looked for a module, or EOPNOTSUPP; a kind of socket or of
+// policy rule has errors of its own.
 func judge(err error) Answer {
 	switch {
 	case err == nil:
@@ -81,14 +102,15 @@ func judge(err error) Answer {
 
 // explain looks for the reason of a failure that the kernel gave a mere number
 // for: is it something that this kernel lacks?
-func (p *pod) explain(err error, c Config) error {
+func (p *pod) explain(err error, needs []feature) error {
 	var errno unix.Errno
 	if !errors.As(err, &errno) || errors.Is(err, unix.EPERM) {
 		return lacks(err, "CAP_NET_ADMIN")
 	}
 	var absent, unknown []string
-	for _, f := range c.features() {
-		switch answer, why := p.probe(f); answer {
+	for _, f := range needs {
+		why := f.ask(p)
+		switch judge(why) {
 		case Absent:
 			absent = append(absent, fmt.Sprintf("%s (%s)", f.name, f.config))
 		case Unknown:
@@ -118,7 +140,7 @@ func Able() error {
 	}
 	defer p.close()
 	if _, err := p.nft.ListTables(); err != nil {
-		return fmt.Errorf("list the tables of nftables: %w", lacks(err, "CAP_NET_ADMIN"))
+		return p.explain(fmt.Errorf("list the tables of nftables: %w", err), basics())
 	}
 	return nil
 }

@@ -47,6 +47,9 @@ func (p *pod) openInside() (err error) {
 		return c.SetDeadline(time.Now().Add(patience))
 	}))
 	if err != nil {
+		if judge(err) == Absent {
+			err = fmt.Errorf("%w: %v in this kernel: nftables (CONFIG_NF_TABLES)", err, Absent)
+		}
 		return fmt.Errorf("open a netlink socket of netfilter: %w", err)
 	}
 	if p.links, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {

@@ -97,8 +97,10 @@ func (p *pod) loIsUp() error {
 // Routes of another kind in the table are somebody's who uses it for something
 // else: with ours in it, all that he sends would stay in the pod.
 func (p *pod) findRoute(f family) (there, ours bool, err error) {
-	routes, err := p.links.RouteListFiltered(f.af(), &netlink.Route{Table: RouteTable}, netlink.RT_FILTER_TABLE)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+	routes, err := whole(func() ([]netlink.Route, error) {
+		return p.links.RouteListFiltered(f.af(), &netlink.Route{Table: RouteTable}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
 		return false, false, fmt.Errorf("list the %s routes: %w", f.name, err)
 	}
 	for _, r := range routes {
@@ -109,6 +111,22 @@ func (p *pod) findRoute(f family) (there, ours bool, err error) {
 		if ones != 0 || r.Type != unix.RTN_LOCAL || r.LinkIndex != loIndex {
 			return false, false, fmt.Errorf("%w: %v", ErrTableInUse, r)
 		}
+		there, ours = true, ours || r.Protocol == protocol
+	}
+	return there, ours, nil
+}
+
+// findPolicyRule tells whether our policy rule is there, and whether it was we who
+// added it.
+func (p *pod) findPolicyRule(f family) (there, ours bool, err error) {
+	want := f.policyRule()
+	rules, err := whole(func() ([]netlink.Rule, error) {
+		return p.links.RuleListFiltered(f.af(), want, netlink.RT_FILTER_PRIORITY|netlink.RT_FILTER_TABLE|netlink.RT_FILTER_MARK|netlink.RT_FILTER_MASK)
+	})
+	if err != nil {
+		return false, false, fmt.Errorf("list the %s policy rules: %w", f.name, err)
+	}
+	for _, r := range rules {
 		there, ours = true, ours || r.Protocol == protocol
 	}
 	return there, ours, nil
@@ -126,22 +144,19 @@ func (p *pod) delRoutes(of func(family) bool) error {
 		if !of(f) {
 			continue
 		}
-		rules, err := p.links.RuleListFiltered(f.af(), &netlink.Rule{Priority: RulePriority, Table: RouteTable}, netlink.RT_FILTER_PRIORITY|netlink.RT_FILTER_TABLE)
+		_, ours, err := p.findPolicyRule(f)
 		if errors.Is(err, unix.EAFNOSUPPORT) {
 			continue // a kernel without IPv6
 		}
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return fmt.Errorf("list the %s policy rules: %w", f.name, err)
+		if err != nil {
+			return err
 		}
-		for _, r := range rules {
-			if r.Protocol != protocol {
-				continue
-			}
+		if ours {
 			if err := gone(p.links.RuleDel(f.policyRule())); err != nil {
 				return fmt.Errorf("delete the %s policy rule: %w", f.name, err)
 			}
 		}
-		_, ours, err := p.findRoute(f)
+		_, ours, err = p.findRoute(f)
 		if err != nil && !errors.Is(err, ErrTableInUse) {
 			return err
 		}
@@ -152,6 +167,18 @@ func (p *pod) delRoutes(of func(family) bool) error {
 		}
 	}
 	return nil
+}
+
+// whole asks for a list until it was not changed while the kernel told it
+// (NLM_F_DUMP_INTR), five times at most, as the real agent does: one that lacks
+// something would have us leave it behind.
+func whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 5 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
 }
 
 // gone takes "it is not there" for success: that is what was wanted.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"ambient-emulator/internal/netns"
 )
 
@@ -22,7 +24,7 @@ func Show(ns *netns.NS) (string, error) {
 		return fmt.Sprintf("# %v\n", err), nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("show the rules of %v: %w", p.id, lacks(err, "CAP_NET_ADMIN"))
+		return "", fmt.Errorf("show the rules of %v: %w", p.id, p.explain(err, basics()))
 	}
 	if len(now) == 0 {
 		return fmt.Sprintf("# %v: nothing is captured here\n", p.id), nil
@@ -94,21 +96,28 @@ func (p *pod) printRoutes(b *bytes.Buffer, f family) error {
 	if err != nil && !errors.Is(err, ErrTableInUse) {
 		return err
 	}
-	missing := ""
-	if !there {
-		missing = " (MISSING in the pod)"
+	ruled, _, err := p.findPolicyRule(f)
+	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+		return err
 	}
+	missing := func(there bool) string {
+		if there {
+			return ""
+		}
+		return " (MISSING in the pod)"
+	}
+	routeThere := missing(there)
 	ip, all := "ip", "0.0.0.0/0"
 	if f.twin != "" {
 		ip, all = "ip -6", "::/0"
 		if p.no6 || p.off6 {
-			missing = " (not there: IPv6 is disabled on lo)"
+			routeThere = " (not there: IPv6 is disabled on lo)"
 		}
 	}
 	if f.twin == "" {
 		fmt.Fprintf(b, "\n# what rule 4 has marked is delivered in the pod, whatever its destination\n")
 	}
-	fmt.Fprintf(b, "# %s rule add pref %d fwmark %#x/%#x lookup %d\n", ip, RulePriority, RouteMark, MarkMask, RouteTable)
-	fmt.Fprintf(b, "# %s route add local %s dev lo table %d%s\n", ip, all, RouteTable, missing)
+	fmt.Fprintf(b, "# %s rule add pref %d fwmark %#x/%#x lookup %d%s\n", ip, RulePriority, RouteMark, MarkMask, RouteTable, missing(ruled))
+	fmt.Fprintf(b, "# %s route add local %s dev lo table %d%s\n", ip, all, RouteTable, routeThere)
 	return nil
 }

@@ -52,7 +52,7 @@ func (p *pod) sockets() (sockets, error) {
 	for _, af := range []byte{unix.AF_INET, unix.AF_INET6} {
 		messages, err := p.diag.Execute(diagRequest(af))
 		switch {
-		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EOPNOTSUPP):
 			continue // no tcp_diag, no IPv6
 		case err != nil:
 			return sockets{}, fmt.Errorf("list the sockets: %w", err)
