@@ -59,13 +59,15 @@ type Certificate struct {
 // in the past.
 func (c *Certificate) validAt(t time.Time) bool { return c != nil && t.Before(c.TLS.Leaf.NotAfter) }
 
-// Issue signs a certificate for id, valid for ttl from now. The trust domain
-// "error" fails on purpose, as with ztunnel's test CA.
+// Issue signs a certificate for id, valid for ttl from now but no longer than the
+// CA's own. The trust domain "error" fails on purpose, as with ztunnel's test CA.
 //
 // Each certificate has a key of its own, as when ztunnel asks istiod. Its test CA
 // shares one key among all; who reads that one out of one process would be
 // everybody, and making a P-256 key costs a fiftieth of the signature.
 func (ca *CA) Issue(_ context.Context, id ID, ttl time.Duration) (*Certificate, error) {
+	now := time.Now()
+	left := ca.cert.NotAfter.Sub(now)
 	switch parsed, err := ParseID(id.String()); {
 	case err != nil || parsed != id:
 		return nil, fmt.Errorf("%q is no identity: a part has a slash", id)
@@ -73,6 +75,8 @@ func (ca *CA) Issue(_ context.Context, id ID, ttl time.Duration) (*Certificate, 
 		return nil, fmt.Errorf("the test CA refuses trust domain %q on purpose", failDomain)
 	case ttl < time.Second:
 		return nil, fmt.Errorf("a lifetime of %v is too short: certificates count in seconds", ttl)
+	case left < time.Second:
+		return nil, fmt.Errorf("the CA's own certificate expires at %s", stamp(ca.cert.NotAfter))
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -82,13 +86,12 @@ func (ca *CA) Issue(_ context.Context, id ID, ttl time.Duration) (*Certificate, 
 	if err != nil {
 		return nil, err
 	}
-	now := time.Now()
 	// No basic constraints, SKI or AKI: ztunnel's test CA has none.
 	template := &x509.Certificate{
 		SerialNumber:    newSerial(),
 		Subject:         pkix.Name{Organization: []string{organization}},
 		NotBefore:       now.Add(-skew),
-		NotAfter:        now.Add(ttl),
+		NotAfter:        now.Add(min(ttl, left)),
 		KeyUsage:        x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment,
 		ExtKeyUsage:     []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		ExtraExtensions: []pkix.Extension{san},

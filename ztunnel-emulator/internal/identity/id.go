@@ -1,3 +1,9 @@
+// Package identity says who a workload is and proves it: SPIFFE identities, a
+// local CA that certifies them, a Manager that keeps each local workload's
+// certificate fresh, and the TLS configurations of both ends of a tunnel.
+//
+// The CA stands in for istiod, or for ztunnel's own test CA (FAKE_CA), and its
+// certificates have the latter's shape: reference/hbone.md, sections 1 to 1.2.
 package identity
 
 import (

@@ -15,7 +15,7 @@ import (
 // intermediate with its roots; keyPath the RSA or EC key of the one that signs
 // (PKCS#1, PKCS#8 or SEC 1). All roots are trusted, whichever signs. With
 // ztunnel's own test root and key, certificates are good for real ztunnels that
-// run with FAKE_CA.
+// run with FAKE_CA. An EC root should not be called O=cluster.local: see newRootKey.
 func LoadCA(certPath, keyPath string) (*CA, error) {
 	certPEM, err := os.ReadFile(certPath)
 	if err != nil {

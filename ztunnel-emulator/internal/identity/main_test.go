@@ -1,6 +1,7 @@
 package identity_test
 
 import (
+	"os"
 	"runtime"
 	"testing"
 
@@ -9,4 +10,10 @@ import (
 
 func init() { runtime.LockOSThread() }
 
-func TestMain(m *testing.M) { testmain.Run(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(openerDir); dir != "" {
+		openerMain(dir)
+		return
+	}
+	testmain.Run(m)
+}

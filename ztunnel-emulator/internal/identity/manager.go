@@ -1,9 +1,3 @@
-// Package identity says who a workload is and proves it: SPIFFE identities, a
-// local CA that certifies them, a Manager that keeps each local workload's
-// certificate fresh, and the TLS configurations of both ends of a tunnel.
-//
-// The CA stands in for istiod, or for ztunnel's own test CA (FAKE_CA), and its
-// certificates have the latter's shape: reference/hbone.md, sections 1 to 1.2.
 package identity
 
 import (
@@ -44,8 +38,8 @@ type Error struct {
 func (e *Error) Error() string { return fmt.Sprintf("no certificate for %s: %v", e.ID, e.Err) }
 func (e *Error) Unwrap() error { return e.Err }
 
-// An Issuer makes a certificate with a new key for id, valid for ttl from now.
-// A CA is one.
+// An Issuer makes a certificate with a new key for id, valid for ttl from now, and
+// gives up when ctx ends. A CA is one.
 type Issuer interface {
 	Issue(ctx context.Context, id ID, ttl time.Duration) (*Certificate, error)
 }

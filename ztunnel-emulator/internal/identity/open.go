@@ -114,12 +114,12 @@ func checkPrivate(dir string) error {
 
 // settle returns what the file at path holds, and makes it first if it is not
 // there. Of several that do so at once one wins, and all return the winner's.
-func settle(path string, make func() ([]byte, error)) ([]byte, error) {
+func settle(path string, create func() ([]byte, error)) ([]byte, error) {
 	content, err := os.ReadFile(path)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return content, err
 	}
-	if content, err = make(); err == nil {
+	if content, err = create(); err == nil {
 		err = publish(path, content)
 	}
 	if errors.Is(err, fs.ErrExist) {
@@ -143,7 +143,19 @@ func publish(path string, content []byte) error {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	return os.Link(f.Name(), path)
+	if err := os.Link(f.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// syncDir makes a new name outlive a power cut: the key's before the certificate's.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // removeStale removes what starters that were killed have left: there is a key in

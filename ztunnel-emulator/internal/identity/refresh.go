@@ -1,7 +1,6 @@
 package identity
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -61,9 +60,12 @@ func (m *Manager) startDue() time.Duration {
 	// Who has no certificate at all comes first, as in ztunnel.
 	slices.SortFunc(due, func(a, b *entry) int {
 		if (a.cert == nil) != (b.cert == nil) {
-			return map[bool]int{true: -1, false: 1}[a.cert == nil]
+			if a.cert == nil {
+				return -1
+			}
+			return 1
 		}
-		return cmp.Compare(a.due.UnixNano(), b.due.UnixNano())
+		return a.due.Compare(b.due)
 	})
 	for _, e := range due {
 		if m.background >= maxBackground {
@@ -91,7 +93,7 @@ func (m *Manager) fetchUrgent(e *entry, f *flight) {
 		m.fetch(e, f)
 		<-m.urgent
 	case <-m.ctx.Done():
-		f.err = ErrClosed
+		f.err = m.ctx.Err()
 		m.land(e, f)
 	}
 }
@@ -121,6 +123,9 @@ func (m *Manager) fetch(e *entry, f *flight) {
 // land takes over what a request has brought and lets the waiting ones go on. An
 // entry that was forgotten meanwhile is changed too, and nobody sees it.
 func (m *Manager) land(e *entry, f *flight) {
+	if f.err != nil && m.ctx.Err() != nil {
+		f.err = ErrClosed
+	}
 	m.mu.Lock()
 	now := wallClock()
 	e.flight = nil

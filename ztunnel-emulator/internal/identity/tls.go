@@ -134,6 +134,9 @@ type PeerError struct {
 func (e *PeerError) Error() string { return fmt.Sprintf("peer %s: %v", describe(e.Peer), e.Err) }
 func (e *PeerError) Unwrap() error { return e.Err }
 
+// maxDescribed bounds what a stranger can write into our log.
+const maxDescribed = 400 // bytes
+
 // describe says who a chain claims to be; the claim may be false.
 func describe(chain []*x509.Certificate) string {
 	if len(chain) == 0 {
@@ -143,7 +146,15 @@ func describe(chain []*x509.Certificate) string {
 	if len(uris) == 0 {
 		return "without a URI SAN"
 	}
-	return strings.Join(uris, " and ")
+	return list(uris)
+}
+
+func list(uris []string) string {
+	text := strings.Join(uris, " and ")
+	if len(text) > maxDescribed {
+		text = text[:maxDescribed] + "…" // URI SANs are ASCII
+	}
+	return text
 }
 
 // verifyChain checks chain against the roots that came with our own certificate.
@@ -193,7 +204,7 @@ func (m *Manager) checkIDs(cs tls.ConnectionState, w want) error {
 	}
 	ids, others := idsOf(cs.PeerCertificates[0])
 	if len(others) > 0 {
-		m.opts.Log.Warn("peer's SAN is no identity", "san", others)
+		m.opts.Log.Warn("peer's SAN is no identity", "san", list(others))
 	}
 	if !slices.ContainsFunc(ids, w.accepts) {
 		return &PeerError{Peer: cs.PeerCertificates, Err: errors.New("expected " + w.text)}

@@ -94,6 +94,20 @@ func TestHandshake(t *testing.T) {
 	}
 }
 
+// A stranger's certificate writes no novel into our log.
+func TestLongSAN(t *testing.T) {
+	ca, strangers := identitytest.NewCA(t), identitytest.NewCA(t)
+	m := ca.NewManager(t, Options{})
+	long := identitytest.Good(client)
+	for range 50 {
+		long.URIs = append(long.URIs, client.String()+strings.Repeat("x", 1000))
+	}
+	_, s := shake(t, identitytest.ClientConfig(strangers.Sign(t, long)), m.ServerConfig(server))
+	if s.err == nil || len(s.err.Error()) > 1000 || !strings.HasPrefix(s.err.Error(), "peer "+client.String()+" and ") {
+		t.Errorf("server: %v", s.err)
+	}
+}
+
 // The server, told the truth about who came.
 func TestServerRefuses(t *testing.T) {
 	ca, strangers := identitytest.NewCA(t), identitytest.NewCA(t)

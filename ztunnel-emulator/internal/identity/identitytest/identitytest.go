@@ -3,6 +3,7 @@
 package identitytest
 
 import (
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -10,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"log/slog"
 	"math/big"
 	"net/url"
 	"os"
@@ -61,9 +63,11 @@ func NewCA(t testing.TB) *CA {
 	return ca
 }
 
-// NewManager starts a Manager of the CA that the test's end closes.
+// NewManager starts a Manager of the CA that the test's end closes. It logs nowhere
+// unless opts says where.
 func (ca *CA) NewManager(t testing.TB, opts identity.Options) *identity.Manager {
 	t.Helper()
+	opts.Log = cmp.Or(opts.Log, slog.New(slog.DiscardHandler))
 	m := identity.NewManager(ca, opts)
 	t.Cleanup(m.Close)
 	return m
