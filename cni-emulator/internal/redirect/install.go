@@ -46,11 +46,14 @@ func Install(ns *netns.NS, c Config) (Report, error) {
 // install does the harmless things first: nothing looks at the route until the
 // rules mark a packet. The rules come in one transaction, whole or not at all.
 func (p *pod) install(c Config) (report Report, err error) {
+	// Somebody's tables or sockets in the way: nothing is touched.
 	ours, err := p.ownTables()
+	if err == nil && len(ours) == 0 {
+		err = p.istioChains()
+	}
 	if err != nil {
 		return Report{}, err
 	}
-	// Somebody's tables or sockets in the way: nothing is touched.
 	s, err := p.sockets()
 	if err != nil {
 		return Report{}, err

@@ -66,6 +66,23 @@ func (p *pod) ownTables() (ours []installed, err error) {
 	return ours, foreign
 }
 
+// istioChains looks for the chains of istio-cni's other way, iptables, or of a
+// sidecar's. Those that were made with iptables-legacy nftables does not show.
+func (p *pod) istioChains() error {
+	for _, f := range []family{v4(), v6()} {
+		chains, err := p.nft.ListChainsOfTableFamily(nftables.TableFamily(f.nfproto))
+		if err != nil {
+			return fmt.Errorf("list the %s chains of nftables: %w", f.name, err)
+		}
+		for _, c := range chains {
+			if strings.HasPrefix(c.Name, "ISTIO_") {
+				return fmt.Errorf("chain %s of table %s %s: %w", c.Name, f.ip, c.Table.Name, ErrForeign)
+			}
+		}
+	}
+	return nil
+}
+
 func count(r *nftables.Rule) counted {
 	id, _ := idOf(r.UserData)
 	c := counted{id: id}

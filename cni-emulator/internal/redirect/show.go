@@ -20,6 +20,9 @@ func Show(ns *netns.NS) (string, error) {
 	}
 	defer p.close()
 	now, err := p.ownTables()
+	if err == nil && len(now) == 0 {
+		err = p.istioChains()
+	}
 	if errors.Is(err, ErrForeign) {
 		return fmt.Sprintf("# %v\n", err), nil
 	}
