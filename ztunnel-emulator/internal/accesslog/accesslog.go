@@ -30,6 +30,20 @@ const Access = "access"
 
 const crate = "ztunnel::"
 
+// Bare is a string that is printed without quotes, unless it needs them: an address
+// that is no netip.AddrPort.
+type Bare string
+
+func (b Bare) String() string {
+	if strings.ContainsFunc(string(b), needsQuotes) {
+		return strconv.Quote(string(b))
+	}
+	return string(b)
+}
+
+// needsQuotes tells what could be taken for another field, or for another line.
+func needsQuotes(r rune) bool { return r <= ' ' || r == '"' || r == '=' || r > '~' }
+
 // Levels that slog has no name for.
 const (
 	LevelTrace = slog.LevelDebug - 4

@@ -32,6 +32,10 @@ func TestPlain(t *testing.T) {
 			"2026-08-20T08:00:00.123456Z\tinfo\taccess\tconnection complete\tsrc.addr=10.0.2.4:41234 direction=\"outbound\" bytes_sent=11 duration=\"3ms\"\n",
 		},
 		{
+			at(access, &buf, slog.LevelInfo, "m", "dst.hbone_addr", Bare("web.default.svc:80"), "evil", Bare("a\nb=c")),
+			"2026-08-20T08:00:00.123456Z\tinfo\taccess\tm\tdst.hbone_addr=web.default.svc:80 evil=\"a\\nb=c\"\n",
+		},
+		{
 			at(log, &buf, slog.LevelWarn, "no fields"),
 			"2026-08-20T08:00:00.123456Z\twarn\tapp\tno fields\t\n",
 		},

@@ -145,6 +145,7 @@ Exit codes:
 	f.SortFlags = false
 	f.StringVar(&z.path, "inpod-uds", os.Getenv("INPOD_UDS"), "dial the node agent at this `path` and speak ZDS (env INPOD_UDS)")
 	f.StringVar(&z.resolvConf, "resolv-conf", "", "who resolves what pods ask for, with --inpod-uds: a `file` as resolv.conf(5) (default /etc/resolv.conf)")
+	z.mesh.bind(root)
 	f.BoolVar(&z.trace, "trace-zds", false, "print each ZDS packet on stderr")
 	f.BoolVarP(&s.explain, "explain", "v", false, "narrate each handoff on stderr")
 	logs.bind(root)

@@ -29,6 +29,7 @@ type serveZDS struct {
 	trace      bool
 	stderr     io.Writer
 	logging    *logging
+	mesh       meshFlags
 }
 
 func (z *serveZDS) run() error {
@@ -71,9 +72,16 @@ func (z *serveZDS) run() error {
 			return err
 		}
 	}
-	workloads, err := inpod.NewWorkloads(config.socket, pods, inPod)
+	mesh, err := z.mesh.open(log)
 	if err != nil {
 		return err
+	}
+	if mesh != nil {
+		pods.Mesh = mesh.Mesh
+	}
+	workloads, err := inpod.NewWorkloads(config.socket, pods, inPod)
+	if err != nil {
+		return errors.Join(err, mesh.close())
 	}
 	manager := &inpod.Manager{Path: z.path, Workloads: workloads, Readiness: readiness, Log: inPod}
 	if z.trace {
@@ -92,7 +100,7 @@ func (z *serveZDS) run() error {
 
 	n := workloads.Counts().Active
 	log.Info("draining", "pods", n, "deadline", config.deadline)
-	err = workloads.Close(config.deadline)
+	err = errors.Join(workloads.Close(config.deadline), mesh.close())
 	log.Info("stopped", "pods", n)
 	return err
 }

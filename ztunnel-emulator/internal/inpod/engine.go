@@ -107,8 +107,8 @@ func newEngine(addrs []netip.AddrPort, open socketFactory, config *proxy.Config,
 
 // accepted serves a connection to one of a pod's ports.
 func (e *engine) accepted(owner *pod, port uint16, fd int) {
-	if port == PortInbound {
-		e.answerer.answer(owner, fd) // until there is a tunnel
+	if port == PortInbound && e.proxy.Mesh == nil {
+		e.answerer.answer(owner, fd) // no tunnel without identities
 		return
 	}
 	owner.proxy.Serve(port, fd)

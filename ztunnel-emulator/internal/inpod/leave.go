@@ -66,6 +66,9 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 		p.life.Unlock()
 	}
 	for _, p := range pods {
+		p.proxy.Drain()
+	}
+	for _, p := range pods {
 		p.proxy.WaitIdle(time.Until(end))
 	}
 	e.answerer.waitIdle(time.Until(end))

@@ -7,15 +7,33 @@ import (
 	"net/netip"
 	"strconv"
 	"time"
+
+	"ambient-emulator/ztunnel-emulator/internal/accesslog"
+	"ambient-emulator/ztunnel-emulator/internal/workload"
 )
 
 // line is what is said of a connection, when it begins (debug) and when it ends.
 // Fields and their order are the real ztunnel's (observability.md, section 6).
 type line struct {
-	pod      *Pod
-	began    time.Time
-	src, dst netip.AddrPort
-	outbound bool
+	pod                *Pod
+	began              time.Time
+	src, dst           netip.AddrPort
+	outbound           bool
+	hbone              string // what was asked for in a tunnel
+	mtls               bool   // identities have been proven
+	srcParty, dstParty party
+	service            string
+}
+
+// party is one end of a connection, as far as it is known.
+type party struct{ workload, namespace, identity, cluster string }
+
+// partyOf describes a workload, which may be nil.
+func partyOf(w *workload.Workload) party {
+	if w == nil {
+		return party{}
+	}
+	return party{w.Name, w.Namespace, w.Identity(), w.Cluster}
 }
 
 func (l *line) direction() string {
@@ -27,24 +45,39 @@ func (l *line) direction() string {
 
 // fields are those that say who and where.
 func (l *line) fields() []slog.Attr {
-	a := make([]slog.Attr, 0, 12)
+	src, dst := l.srcParty, l.dstParty
+	if l.pod.mesh() == nil { // of the pod itself something is known even so
+		own := party{workload: l.pod.Name, namespace: l.pod.Namespace}
+		if l.outbound {
+			src = own
+		} else {
+			dst = own
+		}
+	}
+	if !l.mtls {
+		src.identity, dst.identity = "", ""
+	}
+	a := make([]slog.Attr, 0, 18)
+	known := func(key, value string) {
+		if value != "" {
+			a = append(a, slog.String(key, value))
+		}
+	}
 	a = append(a, slog.Any("src.addr", l.src))
-	if l.outbound {
-		a = l.ours(a, "src")
-	}
+	known("src.workload", src.workload)
+	known("src.namespace", src.namespace)
+	known("src.identity", src.identity)
+	known("src.cluster", src.cluster)
 	a = append(a, slog.Any("dst.addr", l.dst))
-	if !l.outbound {
-		a = l.ours(a, "dst")
+	if l.hbone != "" {
+		a = append(a, slog.Any("dst.hbone_addr", accesslog.Bare(l.hbone)))
 	}
+	known("dst.service", l.service)
+	known("dst.workload", dst.workload)
+	known("dst.namespace", dst.namespace)
+	known("dst.identity", dst.identity)
+	known("dst.cluster", dst.cluster)
 	return append(a, slog.String("direction", l.direction()))
-}
-
-// ours appends what is known of the pod itself.
-func (l *line) ours(a []slog.Attr, side string) []slog.Attr {
-	if l.pod.Name == "" {
-		return a
-	}
-	return append(a, slog.String(side+".workload", l.pod.Name), slog.String(side+".namespace", l.pod.Namespace))
 }
 
 // opened is said when a connection begins.

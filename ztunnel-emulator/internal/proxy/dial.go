@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"os"
@@ -87,22 +88,12 @@ func (p *Pod) socket(addr netip.Addr, kind int) (fd int, err error) {
 
 // dial connects from inside the pod. With a source that is not the destination
 // itself, the peer sees that address; a kernel that forbids it is a warning, and
-// the peer sees the pod's. The caller owns the connection.
+// the peer sees the pod's. The session knows the connection from its first moment,
+// and can cut it. The caller owns the connection.
 func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error) {
-	deadline := time.Now().Add(ConnectTimeout)
-	if t := p.config.ConnectTime; t != 0 {
-		deadline = time.Now().Add(t)
-	}
-	fd, err := p.socket(dst.Addr(), unix.SOCK_STREAM)
+	deadline := time.Now().Add(p.connectTime())
+	fd, err := p.lastingSocket(dst.Addr())
 	if err != nil {
-		return Conn{}, err
-	}
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
-		unix.Close(fd)
-		return Conn{}, os.NewSyscallError("setsockopt TCP_NODELAY", err)
-	}
-	if err := p.config.KeepAlive.Set(fd); err != nil {
-		unix.Close(fd)
 		return Conn{}, err
 	}
 	// A pod that calls itself through ztunnel: its own address is the right one.
@@ -124,7 +115,7 @@ func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error)
 		err = c.awaitConnect()
 	}
 	c.SetWriteDeadline(time.Time{})
-	if cause := s.cause.Load(); err == nil && cause != nil {
+	if cause := s.cause.Load(); cause != nil {
 		err = *cause // it came with a deadline, which has just been undone
 	}
 	if err != nil {
@@ -133,6 +124,48 @@ func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error)
 		return Conn{}, err
 	}
 	return c, nil
+}
+
+// lastingSocket makes a socket in the pod for a connection that may last.
+func (p *Pod) lastingSocket(addr netip.Addr) (int, error) {
+	fd, err := p.socket(addr, unix.SOCK_STREAM)
+	if err != nil {
+		return -1, err
+	}
+	err = os.NewSyscallError("setsockopt TCP_NODELAY", unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1))
+	if err == nil {
+		err = p.config.KeepAlive.Set(fd)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// finishConnect connects a socket, which it takes over, before ctx ends.
+func finishConnect(ctx context.Context, fd int, dst netip.AddrPort) (Conn, error) {
+	c, connected, err := startConnect(fd, dst)
+	if err != nil || connected {
+		return c, err
+	}
+	stop := context.AfterFunc(ctx, func() { abort(c) })
+	err = c.awaitConnect()
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		c.Close()
+		return Conn{}, err
+	}
+	return c, nil
+}
+
+func (p *Pod) connectTime() time.Duration {
+	if p.config.ConnectTime != 0 {
+		return p.config.ConnectTime
+	}
+	return ConnectTimeout
 }
 
 // lowPorts is a range of ports for spoofed sources, below the one that clients
@@ -222,8 +255,13 @@ func resetFD(fd int) {
 
 // reset is resetFD of a connection.
 func (c Conn) reset() {
+	c.lingerNot()
+	c.Close()
+}
+
+// lingerNot makes the connection's close a reset.
+func (c Conn) lingerNot() {
 	c.control(func(fd int) error {
 		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	})
-	c.Close()
 }

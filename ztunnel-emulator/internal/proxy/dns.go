@@ -4,7 +4,6 @@ import (
 	"context"
 	"net"
 	"net/netip"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,26 +27,10 @@ func (p *Pod) dialDNS(ctx context.Context, network string, server netip.AddrPort
 	if err != nil {
 		return nil, err
 	}
-	c, connected, err := startConnect(fd, server)
+	c, err := finishConnect(ctx, fd, server)
 	if err != nil {
 		return nil, err
 	}
-	if connected {
-		return netConn{c}, nil
-	}
-	if deadline, ok := ctx.Deadline(); ok {
-		c.SetWriteDeadline(deadline)
-	}
-	stop := context.AfterFunc(ctx, func() { abort(c) })
-	err = c.awaitConnect()
-	if !stop() && err == nil {
-		err = context.Cause(ctx)
-	}
-	if err != nil {
-		c.Close()
-		return nil, err
-	}
-	c.SetWriteDeadline(time.Time{})
 	return netConn{c}, nil
 }
 

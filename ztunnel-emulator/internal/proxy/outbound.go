@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/ztunnel-emulator/internal/workload"
 )
 
 // errRecursive is a connection that would come back to us.
@@ -29,7 +31,11 @@ func (p *Pod) outbound(fd int) {
 		unix.Close(fd)
 		return
 	}
-	p.relayTo(&l, fd, dst, netip.Addr{})
+	if p.mesh() != nil {
+		p.route(&l, fd, dst)
+		return
+	}
+	p.relayTo(&l, fd, dst, netip.Addr{}, nil)
 }
 
 // inboundPassthrough serves what the pod's rules have redirected to 15006, and
@@ -46,6 +52,12 @@ func (p *Pod) inboundPassthrough(fd int) {
 		unix.Close(fd)
 		return
 	}
+	var judge func(*workload.State) error
+	if p.mesh() != nil {
+		if judge, ok = p.plaintext(&l, fd, dst); !ok {
+			return
+		}
+	}
 	src := netip.Addr{}
 	if transparent(fd) {
 		src = l.src.Addr()
@@ -54,7 +66,23 @@ func (p *Pod) inboundPassthrough(fd int) {
 			p.config.Log.Warn("the application sees the pod's own address in place of its clients': ENABLE_ORIG_SRC=false, or no CAP_NET_ADMIN in the pod", "pod", p.String())
 		})
 	}
-	p.relayTo(&l, fd, dst, src)
+	p.relayTo(&l, fd, dst, src, judge)
+}
+
+// plaintext finds out who calls whom without a tunnel. It returns what policies say
+// of that, or false when the connection is refused and has been dealt with.
+func (p *Pod) plaintext(l *line, fd int, dst netip.AddrPort) (judge func(*workload.State) error, ok bool) {
+	own, err := p.own()
+	if err != nil {
+		l.deny(err)
+		resetFD(fd)
+		return nil, false
+	}
+	m := p.mesh()
+	l.dstParty = partyOf(own)
+	l.srcParty = partyOf(m.Store.State().WorkloadAt(m.Network, l.src.Addr()))
+	peer := workload.Peer{Src: l.src, Dst: dst}
+	return func(now *workload.State) error { return m.authorize(now, own, peer) }, true
 }
 
 // destination finds out who calls whom. It returns false when the connection is
@@ -94,15 +122,24 @@ func transparent(fd int) bool {
 }
 
 // relayTo connects onward, from src if that is set, and starts the relay between
-// the two. It takes over fd.
+// the two, if judge, which may be nil, allows it. It takes over fd.
 //
 // The kernel has completed the client's handshake before we knew of it, so the
 // only way to say that the way onward is closed is a reset.
-func (p *Pod) relayTo(l *line, fd int, dst netip.AddrPort, src netip.Addr) {
-	s := &session{accepted: NewConn(fd)}
+func (p *Pod) relayTo(l *line, fd int, dst netip.AddrPort, src netip.Addr, judge func(*workload.State) error) {
+	s := &session{accepted: NewConn(fd), judge: judge}
+	// Registered before it is judged: a change in between is not lost.
 	if !p.begin(s) {
 		s.accepted.reset()
 		return
+	}
+	if judge != nil {
+		if err := judge(p.mesh().Store.State()); err != nil {
+			s.accepted.reset()
+			p.forget(s)
+			l.complete(Counts{}, err)
+			return
+		}
 	}
 	l.opened()
 	onward, err := p.dial(s, dst, src)
@@ -112,7 +149,6 @@ func (p *Pod) relayTo(l *line, fd int, dst netip.AddrPort, src netip.Addr) {
 		l.complete(Counts{}, l.connectError(err))
 		return
 	}
-	s.onward = onward
 	p.wg.Add(1)
 	Relay(s.accepted, onward, func(c Counts, err error) { p.relayed(l, s, c, err) })
 }

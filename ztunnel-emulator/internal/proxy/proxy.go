@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/ztunnel-emulator/internal/dns"
+	"ambient-emulator/ztunnel-emulator/internal/hbone"
+	"ambient-emulator/ztunnel-emulator/internal/workload"
 )
 
 // The ports of an ambient pod that ztunnel binds itself.
@@ -34,6 +36,7 @@ type Config struct {
 	ConnectTime time.Duration // how long a connect may take; 0 is ConnectTimeout
 	DNS         dns.Resolvers // without a server, every query is answered with SERVFAIL
 	Log         *slog.Logger  // access lines
+	Mesh        *Mesh         // nil: everything is carried in the clear
 }
 
 // Identity is who a pod is, as the agent says. In the seed's mode nobody says.
@@ -57,9 +60,12 @@ type Pod struct {
 	wg       sync.WaitGroup // every goroutine that deals with this pod's traffic
 	sayNoSrc sync.Once
 
-	mu     sync.Mutex
-	closed bool
-	open   map[*session]struct{}
+	pool *hbone.Pool // tunnels to others; nil without a mesh
+
+	mu      sync.Mutex
+	closed  bool
+	open    map[*session]struct{}
+	tunnels map[*tunnel]struct{}
 }
 
 // NewPod returns what serves the connections of a pod. enter runs a function on
@@ -68,6 +74,9 @@ func (c *Config) NewPod(id Identity, enter func(func() error) error, unredirecte
 	p := &Pod{Identity: id, config: c, enter: enter, unredirected: unredirected, open: make(map[*session]struct{})}
 	p.ctx, p.end = context.WithCancel(context.Background())
 	p.dns = p.forwarder()
+	if c.Mesh != nil {
+		c.Mesh.join(p)
+	}
 	return p
 }
 
@@ -89,6 +98,8 @@ func (p *Pod) Serve(port uint16, fd int) {
 		go p.outbound(fd)
 	case PortInboundPassthrough:
 		go p.inboundPassthrough(fd)
+	case PortInbound:
+		go p.inbound(fd)
 	case PortDNS:
 		go p.dnsOverTCP(fd)
 	default:
@@ -97,10 +108,16 @@ func (p *Pod) Serve(port uint16, fd int) {
 	}
 }
 
-// session is a connection that was accepted and, perhaps, the one onward.
+// session is a connection on its way through the pod: two sockets, or a socket and
+// a stream of a tunnel.
 type session struct {
-	accepted, onward Conn // onward has no File until it connects
-	cause            atomic.Pointer[error]
+	accepted, onward Conn          // no File when there is none, or not yet
+	stream           *hbone.Stream // in place of one of them
+	cancel           context.CancelCauseFunc
+
+	// judge asks the policies about an inbound connection again. It may be nil.
+	judge func(*workload.State) error
+	cause atomic.Pointer[error]
 }
 
 // errDrained is what the access line of a connection says that did not end by
@@ -137,13 +154,39 @@ func (p *Pod) forget(s *session) {
 	delete(p.open, s)
 }
 
-// cut ends a session from outside; cause goes to its access line. It is closed in
-// a moment, by whoever serves it.
-func (s *session) cut(cause error) {
+// cut ends a session from outside; cause goes to its access line. It is closed in a
+// moment, by whoever serves it. The pod's lock is held; what is returned is to be
+// called without it, because a stream's peer may be slow.
+func (s *session) cut(cause error) (rest func()) {
 	s.cause.CompareAndSwap(nil, &cause)
-	abort(s.accepted)
-	if s.onward.File != nil {
-		abort(s.onward)
+	conns, stream, cancel := [...]Conn{s.accepted, s.onward}, s.stream, s.cancel
+	return func() {
+		for _, c := range conns {
+			if c.File != nil {
+				abort(c)
+			}
+		}
+		if cancel != nil {
+			cancel(cause)
+		}
+		if stream != nil {
+			stream.Cancel(cause)
+		}
+	}
+}
+
+// cutAll cuts the sessions that which, called with the pod's lock held, picks.
+func (p *Pod) cutAll(cause error, which func(*session) bool) {
+	var rests []func()
+	p.mu.Lock()
+	for s := range p.open {
+		if which(s) {
+			rests = append(rests, s.cut(cause))
+		}
+	}
+	p.mu.Unlock()
+	for _, rest := range rests {
+		rest()
 	}
 }
 
@@ -166,11 +209,19 @@ func (p *Pod) WaitIdle(most time.Duration) {
 func (p *Pod) Close() {
 	p.mu.Lock()
 	p.closed = true
-	for s := range p.open {
-		s.cut(errDrained)
+	for t := range p.tunnels {
+		t.abandon()
 	}
 	p.mu.Unlock()
+	p.cutAll(errDrained, func(*session) bool { return true })
 	p.end()
+	if p.mesh() != nil {
+		p.mesh().part(p)
+		p.pool.Close()
+	}
+	for _, t := range p.allTunnels() {
+		t.Close()
+	}
 	p.wg.Wait()
 }
 

@@ -1,0 +1,125 @@
+package proxy
+
+import (
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/netip"
+
+	"ambient-emulator/ztunnel-emulator/internal/hbone"
+	"ambient-emulator/ztunnel-emulator/internal/identity"
+	"ambient-emulator/ztunnel-emulator/internal/workload"
+)
+
+// tunnel is a tunnel's connection, in either direction. The pod knows all of them,
+// so that none outlives it.
+type tunnel struct {
+	netConn
+	pod  *Pod
+	conn tunnelConn // nil until the handshake is over
+}
+
+// tunnelConn is what both ends of a tunnel can.
+type tunnelConn interface {
+	ConnectionState() tls.ConnectionState
+	Drain()
+	Close() error
+}
+
+// track makes a connection a tunnel of the pod, or resets it and returns nil when
+// the pod has ended.
+func (p *Pod) track(c Conn) *tunnel {
+	t := &tunnel{netConn: netConn{c}, pod: p}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		c.reset()
+		return nil
+	}
+	p.tunnels[t] = struct{}{}
+	return t
+}
+
+// established says that the handshake is over.
+func (t *tunnel) established(conn tunnelConn) {
+	t.pod.mu.Lock()
+	defer t.pod.mu.Unlock()
+	t.conn = conn
+}
+
+func (t *tunnel) connected(conn *hbone.ClientConn) { t.established(conn) }
+func (t *tunnel) accepted(conn *hbone.ServerConn)  { t.established(conn) }
+
+// abandon makes the end of a tunnel a reset: an orphan that waits for its peer's ACK
+// would keep the pod's namespace.
+func (t *tunnel) abandon() { t.lingerNot() }
+
+// Close is called once the tunnel is over, by package hbone.
+func (t *tunnel) Close() error {
+	t.pod.mu.Lock()
+	delete(t.pod.tunnels, t)
+	t.pod.mu.Unlock()
+	return t.netConn.Close()
+}
+
+// allTunnels returns those that are established.
+func (p *Pod) allTunnels() []tunnelConn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []tunnelConn
+	for t := range p.tunnels {
+		if t.conn != nil {
+			all = append(all, t.conn)
+		}
+	}
+	return all
+}
+
+// Drain asks who uses our tunnels to make no new streams in them.
+func (p *Pod) Drain() {
+	for _, t := range p.allTunnels() {
+		if server, ok := t.(*hbone.ServerConn); ok {
+			server.Drain()
+		}
+	}
+}
+
+var errRevoked = errors.New("connection closed: peer certificate revoked by CRL")
+
+// revoke ends the tunnels of peers whose certificate has been revoked.
+func (p *Pod) revoke(crl *identity.CRL) {
+	for _, t := range p.allTunnels() {
+		if crl.Revoked(t.ConnectionState().PeerCertificates) {
+			p.config.Log.Warn(errRevoked.Error(), "pod", p.String())
+			t.Close()
+		}
+	}
+}
+
+var errPolicyChange = errors.New("connection closed due to policy change")
+
+// rejudge ends the inbound connections that are not allowed any more.
+func (p *Pod) rejudge(state *workload.State) {
+	p.cutAll(errPolicyChange, func(s *session) bool { return s.judge != nil && s.judge(state) != nil })
+}
+
+// tunnelled adds a stream to a session, unless that has been cut.
+func (p *Pod) tunnelled(s *session, stream *hbone.Stream) error {
+	p.mu.Lock()
+	cause, closed := s.cause.Load(), p.closed
+	if cause == nil && !closed {
+		s.stream = stream
+	}
+	p.mu.Unlock()
+	if cause == nil && !closed {
+		return nil
+	}
+	err := errDrained
+	if cause != nil {
+		err = *cause
+	}
+	stream.Cancel(err)
+	return err
+}
+
+func tcpAddr(a netip.AddrPort) net.Addr { return net.TCPAddrFromAddrPort(a) }
