@@ -2,7 +2,9 @@ package redirect
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/google/nftables"
@@ -170,5 +172,76 @@ func BenchmarkInstall(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// Which rules the packets of a connection pass, told by the counters: what nat has
+// decided for the first packet holds for all, a connection of ztunnel's to the
+// application carries the mark, its answers come back by it, and somebody else's
+// bits of the mark stay.
+func TestCounters(t *testing.T) {
+	w := newWorld(t)
+	c := Config{Mode: Redirect, DNS: true, IPv6: true}
+	for _, f := range c.families() {
+		w.people(f, c)
+	}
+	// Somebody marks each connection that comes in, and counts those that have his
+	// bits and ours.
+	inside(t, w.p, `table inet somebody {
+		chain before { type filter hook prerouting priority -160; ct mark set ct mark | 0x50000; }
+		chain behind { type filter hook prerouting priority -140; ct mark == 0x50111 counter; }
+	}`, "nft", "-f", "-")
+	p, err := open(w.p)
+	w.must(err)
+	defer p.close()
+	// passed returns the rules that a packet has passed.
+	passed := func() map[string]bool {
+		ids := make(map[string]bool)
+		tables, err := p.ownTables()
+		w.must(err)
+		for _, in := range tables {
+			for _, rules := range in.chains {
+				for _, r := range rules {
+					if r.id != "" && r.packets > 0 {
+						ids[r.id] = true
+					}
+				}
+			}
+		}
+		return ids
+	}
+	for _, f := range c.families() {
+		a, at := addressesOf(f), netip.AddrPortFrom
+		stream := socketOf{kind: unix.SOCK_STREAM}
+		asR := socketOf{kind: unix.SOCK_STREAM, mark: ProxyMark, transparent: true, bind: at(a.remote, 0)}
+		for _, tt := range []struct {
+			what string
+			from *netns.NS
+			s    socketOf
+			to   netip.AddrPort
+			want []string
+		}{
+			{"captured on the way in", w.r, stream, at(a.pod, appPort), []string{"7" + f.twin}},
+			{"HBONE", w.r, stream, at(a.pod, HBONEPort), nil},
+			// The answers of 15001 are marked, and lo brings them to prerouting: 3.
+			// What the application then sends has the mark by 4, and is local anyway.
+			{"captured on the way out", w.p, stream, at(a.remote, 9000), []string{"13" + f.twin, "3", "4"}},
+			{"ztunnel to the application, as R", w.p, asR, at(a.pod, appPort), []string{"12" + f.twin, "3", "4"}},
+		} {
+			install(t, w.p, c) // with counters at zero
+			if _, err := w.ask(tt.from, tt.s, tt.to, patience); err != nil {
+				t.Fatalf("%s, %s: %v", f.name, tt.what, err)
+			}
+			want := make(map[string]bool)
+			for _, id := range tt.want {
+				want[id] = true
+			}
+			if got := passed(); !maps.Equal(got, want) {
+				t.Errorf("%s, %s: passed %v, want %v", f.name, tt.what, got, want)
+			}
+		}
+	}
+	if out := inside(t, w.p, "", "nft", "list", "chain", "inet", "somebody", "behind"); strings.Contains(out, "packets 0") {
+		t.Errorf("somebody else's bits of the mark are lost: %s", out)
 	}
 }

@@ -181,7 +181,8 @@ func whole[T any](list func() ([]T, error)) (all []T, err error) {
 	return all, err
 }
 
-// gone takes "it is not there" for success: that is what was wanted.
+// gone takes "it is not there" for success: that is what was wanted. (For the real
+// agent it is an error, so its second removal fails.)
 func gone(err error) error {
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
 		return nil

@@ -85,10 +85,13 @@ func rows(f family, c Config) []row {
 		{"the kubelet's probe", 'R', bound(tcp, a.probe), at(a.pod, appPort), direct("app", a.probe, at(a.pod, appPort))},
 
 		{"a guest's TCP", 'G', tcp, at(a.remote, 9000), fmt.Sprintf("15001 peer=%v local=%v dst=%v", a.guest, at(a.tap, OutboundPort), at(a.remote, 9000))},
+		{"a guest's TCP to the pod", 'G', tcp, at(a.pod, appPort), fmt.Sprintf("15001 peer=%v local=%v dst=%v", a.guest, at(a.tap, OutboundPort), at(a.pod, appPort))},
+		{"a guest's DNS over TCP", 'G', tcp, at(a.remote, 53), fmt.Sprintf("15001 peer=%v local=%v dst=%v", a.guest, at(a.tap, OutboundPort), at(a.remote, 53))},
 		{"a guest's UDP", 'G', udp, at(a.remote, 7000), fmt.Sprintf("remote peer=%v", a.guest)},
 		{"a guest's DNS over UDP", 'G', udp, at(a.remote, 53), fmt.Sprintf("remote peer=%v", a.guest)},
 
 		{"ztunnel: TCP to R", 'P', marked(tcp), at(a.remote, 9000), direct("remote", a.pod, at(a.remote, 9000))},
+		{"ztunnel, with somebody else's bits in its mark", 'P', socketOf{kind: unix.SOCK_STREAM, mark: 0xabc000 | ProxyMark}, at(a.remote, 9000), direct("remote", a.pod, at(a.remote, 9000))},
 		{"ztunnel: UDP 53 to R", 'P', marked(udp), at(a.remote, 53), fmt.Sprintf("remote peer=%v", a.pod)},
 		{"ztunnel: TCP 53 to R", 'P', marked(tcp), at(a.remote, 53), direct("remote", a.pod, at(a.remote, 53))},
 		{"ztunnel: to the application as R", 'P', spoof(marked(tcp), a.remote), at(a.pod, appPort), direct("app", a.remote, at(a.pod, appPort))},
@@ -116,6 +119,12 @@ func rows(f family, c Config) []row {
 			row{"from R to 15001", 'R', tcp, at(a.pod, OutboundPort), inbound(a.remote, OutboundPort)},
 			row{"from R to 15006", 'R', tcp, at(a.pod, InboundPort), inbound(a.remote, InboundPort)})
 	}
+	if c.BypassInbound && c.Mode == Redirect {
+		// Nothing stands in between, so ztunnel itself has to refuse these.
+		list = append(list,
+			row{"from R to 15001", 'R', tcp, at(a.pod, OutboundPort), direct("15001", a.remote, at(a.pod, OutboundPort))},
+			row{"from R to 15006", 'R', tcp, at(a.pod, InboundPort), direct("15006", a.remote, at(a.pod, InboundPort))})
+	}
 	hbone := func(peer netip.Addr) string { return direct("15008", peer, at(a.pod, HBONEPort)) }
 	list = append(list, row{"HBONE from R", 'R', tcp, at(a.pod, HBONEPort), hbone(a.remote)})
 	if c.Mode == Redirect {
@@ -128,7 +137,7 @@ func rows(f family, c Config) []row {
 }
 
 // people puts everybody in place who answers. In the mode tproxy the stand-ins
-// for ztunnel are on loopback.
+// for ztunnel are on loopback, unless they are to be wide.
 func (w *world) people(f family, c Config) {
 	w.t.Helper()
 	a := addressesOf(f)
@@ -141,7 +150,7 @@ func (w *world) people(f family, c Config) {
 	dgram := func(bind netip.AddrPort) socketOf { return socketOf{kind: unix.SOCK_DGRAM, bind: bind} }
 	ztunnel := func(s socketOf) socketOf { s.mark, s.transparent = ProxyMark, s.kind == unix.SOCK_STREAM; return s }
 	in := wild
-	if c.Mode == TProxy {
+	if c.Mode == TProxy && !w.wide {
 		in = a.loopback
 	}
 	w.listen(w.p, "15001", ztunnel(stream(at(wild, OutboundPort)))) // a guest's traffic comes in by tap0
@@ -186,6 +195,44 @@ func TestTruthTable(t *testing.T) {
 			for _, f := range c.families() {
 				t.Run(f.name, func(t *testing.T) { w.check(t, rows(f, c)) })
 			}
+		})
+	}
+}
+
+// TPROXY finds listeners on the wildcard address, too.
+func TestTProxyToWildcard(t *testing.T) {
+	c := Config{Mode: TProxy, DNS: true, IPv6: true, VirtualInterfaces: []string{"tap0"}}
+	w := newWorld(t)
+	w.wide = true
+	install(t, w.p, c) // before anybody listens
+	for _, f := range c.families() {
+		w.people(f, c)
+		t.Run(f.name, func(t *testing.T) { w.check(t, rows(f, c)) })
+	}
+}
+
+// Where IPv6 is not captured it is left alone altogether, DNS and guests, too.
+func TestIPv6LeftAlone(t *testing.T) {
+	for _, mode := range []Mode{Redirect, TProxy} {
+		t.Run(string(mode), func(t *testing.T) {
+			c := Config{Mode: mode, DNS: true, VirtualInterfaces: []string{"tap0"}}
+			w := newWorld(t)
+			w.people(v4(), c)
+			w.people(v6(), c)
+			install(t, w.p, c)
+			w.check(t, rows(v4(), c))
+			a, at := addressesOf(v6()), netip.AddrPortFrom
+			tcp, udp := socketOf{kind: unix.SOCK_STREAM}, socketOf{kind: unix.SOCK_DGRAM}
+			seen := func(name string, peer netip.Addr, at netip.AddrPort) string {
+				return fmt.Sprintf("%s peer=%v local=%v dst=%v", name, peer, at, at)
+			}
+			w.check(t, []row{
+				{"IPv6: TCP to R", 'P', tcp, at(a.remote, 9000), seen("remote", a.pod, at(a.remote, 9000))},
+				{"IPv6: UDP 53 to R", 'P', udp, at(a.remote, 53), fmt.Sprintf("remote peer=%v", a.pod)},
+				{"IPv6: TCP 53 to R", 'P', tcp, at(a.remote, 53), seen("remote", a.pod, at(a.remote, 53))},
+				{"IPv6: plaintext from R", 'R', tcp, at(a.pod, appPort), seen("app", a.remote, at(a.pod, appPort))},
+				{"IPv6: a guest's TCP", 'G', tcp, at(a.remote, 9000), seen("remote", a.guest, at(a.remote, 9000))},
+			})
 		})
 	}
 }

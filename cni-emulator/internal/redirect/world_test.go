@@ -24,6 +24,7 @@ import (
 type world struct {
 	t       *testing.T
 	p, r, g *netns.NS
+	wide    bool // ztunnel is on the wildcard address in either mode
 }
 
 // The addresses, of IPv4 and of IPv6.
