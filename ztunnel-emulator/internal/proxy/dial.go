@@ -116,7 +116,9 @@ func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error)
 	}
 	c.SetWriteDeadline(time.Time{})
 	if cause := s.cause.Load(); cause != nil {
-		err = *cause // it came with a deadline, which has just been undone
+		// It came with a deadline, which was taken for the connect's own, or has
+		// just been undone.
+		err = *cause
 	}
 	if err != nil {
 		p.connecting(s, Conn{})
