@@ -2,6 +2,7 @@ package dns
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -84,6 +85,34 @@ func TestSlow(t *testing.T) {
 	})
 }
 
+// Who has failed or declined is waited for no longer.
+func TestAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		serve := pipeDialer(func(server netip.AddrPort, conn net.Conn) {
+			buf := make([]byte, 512)
+			n, _ := conn.Read(buf)
+			time.Sleep(100 * time.Millisecond)
+			code := miekg.RcodeSuccess
+			if server == threeServers[0] {
+				code = miekg.RcodeServerFailure
+			}
+			conn.Write(answerTo(buf[:n], code, 0))
+		})
+		f := &Forwarder{Resolvers: Resolvers{Servers: threeServers}}
+		f.Dial = func(ctx context.Context, network string, server netip.AddrPort) (net.Conn, error) {
+			if server == threeServers[1] {
+				return nil, errors.New("refused")
+			}
+			return serve(ctx, network, server)
+		}
+		start := time.Now()
+		got := f.Answer(t.Context(), newQuery("example.com.", 0), "udp")
+		if took := time.Since(start); rcodeOf(got) != miekg.RcodeSuccess || took != 200*time.Millisecond {
+			t.Errorf("%x after %v", got, took)
+		}
+	})
+}
+
 // serveTCP serves one end of a TCP connection and gives the other one; done is
 // closed when ServeTCP has returned.
 func serveTCP(t *testing.T, ctx context.Context, f *Forwarder) (client *net.TCPConn, done chan struct{}) {
@@ -154,28 +183,34 @@ func TestPipelining(t *testing.T) {
 // A client that has gone away, and a pod that has, end what is under way.
 func TestTCPEnds(t *testing.T) {
 	for _, test := range []struct {
-		name string
-		end  func(client *net.TCPConn, cancel func())
+		name    string
+		timeout time.Duration
+		end     func(client *net.TCPConn, cancel func())
+		want    error // what the query under way has ended with
 	}{
-		{"reset", func(client *net.TCPConn, _ func()) { client.SetLinger(0); client.Close() }},
-		{"pod gone", func(_ *net.TCPConn, cancel func()) { cancel() }},
-		{"no DNS", func(client *net.TCPConn, _ func()) { client.Write([]byte{0, 11}); client.Write(make([]byte, 11)) }},
+		{"reset", 0, func(client *net.TCPConn, _ func()) { client.SetLinger(0); client.Close() }, context.Canceled},
+		{"pod gone", 0, func(_ *net.TCPConn, cancel func()) { cancel() }, context.Canceled},
+		{"no DNS", 100 * time.Millisecond, func(client *net.TCPConn, _ func()) { client.Write(make([]byte, 2)) }, context.DeadlineExceeded},
 	} {
 		ctx, cancel := context.WithCancel(t.Context())
-		asked := make(chan struct{})
+		asked, ended := make(chan struct{}), make(chan error, 1)
 		f := forwarderTo(threeServers[0])
+		f.Resolvers.Timeout = test.timeout
 		f.Dial = func(ctx context.Context, _ string, _ netip.AddrPort) (net.Conn, error) {
 			close(asked)
 			<-ctx.Done()
+			ended <- ctx.Err()
 			return nil, ctx.Err()
 		}
-		f.Resolvers.Timeout = time.Second // two in all: nobody cancels for "no DNS"
 		client, done := serveTCP(t, ctx, f)
 		writeMessage(client, newQuery("example.com.", 0))
 		<-asked
 		test.end(client, cancel)
 		select {
 		case <-done:
+			if err := <-ended; err != test.want {
+				t.Errorf("%s: the query has ended with %v", test.name, err)
+			}
 		case <-time.After(30 * time.Second):
 			t.Errorf("%s: still served", test.name)
 		}
