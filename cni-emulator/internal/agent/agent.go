@@ -58,9 +58,10 @@ type Agent struct {
 	mu         sync.Mutex
 	pods       map[string]*pod // by uid
 	byNetNS    map[netns.ID]*pod
-	generation uint64     // counts the changes of pods
-	ztunnels   []*ztunnel // in the order in which they said hello: the last is the newest
-	count      int        // connections so far
+	leaving    map[*handle]control.PodID // pods no more, whose rules are not out yet
+	generation uint64                    // counts the changes of pods
+	ztunnels   []*ztunnel                // in the order in which they said hello: the last is the newest
+	count      int                       // connections so far
 }
 
 // New opens the two sockets and brings back the pods of the agent before. Nobody
@@ -78,6 +79,7 @@ func New(cfg Config) (*Agent, error) {
 		timeout: Timeout,
 		pods:    make(map[string]*pod),
 		byNetNS: make(map[netns.ID]*pod),
+		leaving: make(map[*handle]control.PodID),
 		keeper:  newKeeper(cfg.State),
 	}
 	// An ordinary user may not look at pid 1, and can't hand over its namespace

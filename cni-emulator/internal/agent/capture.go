@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"strconv"
 	"sync"
 
@@ -104,6 +105,7 @@ func (a *Agent) uncapture(h *handle, n int, answers <-chan Outcome, outcomes cha
 	if err != nil {
 		a.log.Warn("pod deleted, but not released", "netns", h.ns.ID(), "error", err)
 	}
+	a.left(h) // the verb's success is on disk, too
 	rules <- err
 }
 
@@ -111,9 +113,43 @@ func (a *Agent) uncapture(h *handle, n int, answers <-chan Outcome, outcomes cha
 // no delete that a ztunnel could answer. It takes h over.
 func (a *Agent) abandon(h *handle) {
 	defer h.release()
+	defer a.left(h)
 	if err := a.removeRules(h.ns); err != nil {
 		a.log.Warn("pod replaced, but the namespace that it had is not released", "netns", h.ns.ID(), "error", err)
 	}
+}
+
+// left forgets a namespace that a pod has left: its rules are out, or they stay.
+func (a *Agent) left(h *handle) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.leaving, h)
+	a.changed()
+}
+
+// restoreLeaving ends a release that the death of the agent before has cut short.
+// No ztunnel is asked: it hears in its snapshot that the pod is no more.
+func (a *Agent) restoreLeaving(r record) error {
+	ns, err := netns.Open(r.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the rules have gone with the namespace
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", errRules, err)
+	}
+	h := newHandle(ns, a.log)
+	defer h.release()
+	switch now := a.cookie(h); {
+	case r.Cookie == 0 || now == 0:
+		return fmt.Errorf("nobody can tell whether its path still leads to it: %w", errRules)
+	case r.Cookie != now:
+		return nil // another one
+	}
+	if err := a.removeRules(ns); err != nil {
+		return fmt.Errorf("%w: %w", errRules, err)
+	}
+	a.log.Info("pod released, whose delete was cut short", "pod", r.Namespace+"/"+r.Name, "uid", r.UID, "netns", ns.ID())
+	return nil
 }
 
 // removeRules takes the rules out, unless the namespace is a pod's again.

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -230,6 +231,62 @@ func TestNextAgentReleases(t *testing.T) {
 		t.Fatal(err)
 	}
 	expectCaptured(t, web, "deleted", free)
+}
+
+// An agent that dies between a delete and ztunnel's answer has its next one take
+// the rules out; but not of a namespace that is a pod's again, or another one.
+func TestNextAgentEndsARelease(t *testing.T) {
+	for _, then := range []string{"nothing", "added again", "another namespace"} {
+		t.Run(then, func(t *testing.T) {
+			dir := t.TempDir()
+			cfg := capturing()
+			cfg.ZDS, cfg.Control, cfg.State = filepath.Join(dir, "z"), filepath.Join(dir, "c"), filepath.Join(dir, "state")
+			n := startWith(t, cfg, nil)
+			z := n.ztunnel()
+			web, path := netnstest.New(t), filepath.Join(dir, "web")
+			nsFile(t, path, web)
+			id := named("web")
+			id.Path = path
+			n.addNow(id, web)
+			z.expectAdd("web", web)
+			if err := n.del(id, 0); err != nil { // on disk, and not answered
+				t.Fatal(err)
+			}
+			z.next()
+			want := free
+			if then == "added again" {
+				n.addNow(id, web)
+				want = byRedirect
+			}
+			atDeath, err := os.ReadFile(cfg.State)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.stop()
+			if _, err := redirect.Install(web, cfg.Capture); err != nil { // that was no death
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(cfg.State, atDeath, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if then == "another namespace" {
+				other := netnstest.New(t)
+				bind(t, path, other)
+				if _, err := redirect.Install(other, cfg.Capture); err != nil {
+					t.Fatal(err)
+				}
+				want = byRedirect
+				web = other
+			}
+			cfg.Capture = redirect.Config{IPv6: true}
+			next := startWith(t, cfg, nil)
+			expectCaptured(t, web, "at the next start", want)
+			next.stop()
+			if b, err := os.ReadFile(cfg.State); err != nil || strings.Contains(string(b), "leaving") {
+				t.Errorf("state: %s, %v", b, err)
+			}
+		})
+	}
 }
 
 // A watched namespace is a pod as soon as its lo is up.

@@ -143,15 +143,23 @@ func (a *Agent) remember() (memory, uint64) {
 		}
 		m.Pods, handles = append(m.Pods, r), append(handles, h)
 	}
+	for h, id := range a.leaving {
+		m.Leaving, handles = append(m.Leaving, record{PodID: id, Inode: h.ns.ID().Ino}), append(handles, h.hold())
+	}
 	generation := a.generation
 	a.mu.Unlock()
 
 	// Without the lock: each cookie is a trip into a pod, made once.
 	for i, h := range handles {
-		if h != nil {
-			m.Pods[i].Cookie = a.cookie(h)
-			h.release()
+		if h == nil {
+			continue
 		}
+		if i < len(m.Pods) {
+			m.Pods[i].Cookie = a.cookie(h)
+		} else {
+			m.Leaving[i-len(m.Pods)].Cookie = a.cookie(h)
+		}
+		h.release()
 	}
 	return m, generation
 }

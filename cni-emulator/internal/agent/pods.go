@@ -152,6 +152,7 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 	default:
 		if p.captured() && p.netns != nil {
 			left := p.netns.hold()
+			a.leaving[left] = p.PodID
 			a.parting.Go(func() { a.abandon(left) })
 		}
 		a.unbind(p, ErrReplaced)
@@ -265,6 +266,7 @@ func (a *Agent) remove(p *pod) (n int, outcomes <-chan Outcome, rules <-chan err
 	var left *handle
 	if p.captured() && p.netns != nil {
 		left = p.netns.hold()
+		a.leaving[left] = p.PodID
 	}
 	a.unbind(p, ErrDeleted)
 	delete(a.pods, p.UID)

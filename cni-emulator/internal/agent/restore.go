@@ -33,6 +33,14 @@ func (a *Agent) restore() error {
 			a.log.Warn("pod dropped", "pod", r.Namespace+"/"+r.Name, "uid", r.UID, "path", r.Path, "error", err)
 		}
 	}
+	for _, r := range m.Leaving {
+		if boot == "" || m.BootID != boot {
+			continue // no rule outlives its boot
+		}
+		if err := a.restoreLeaving(r); err != nil {
+			a.log.Warn("pod deleted before the restart, but not released", "pod", r.Namespace+"/"+r.Name, "uid", r.UID, "path", r.Path, "error", err)
+		}
+	}
 	if len(m.Pods) > 0 || aside != nil {
 		a.log.Info("pods restored", "state", a.keeper.path, "pods", len(a.pods), "of", len(m.Pods))
 	}

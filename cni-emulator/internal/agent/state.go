@@ -32,6 +32,8 @@ var errDamaged = errors.New("not what an agent wrote")
 type memory struct {
 	BootID string   `json:"bootID"` // cookies mean nothing in another boot
 	Pods   []record `json:"pods"`
+	// Pods no more, whose rules were not out yet.
+	Leaving []record `json:"leaving,omitempty"`
 }
 
 // record is a pod in the state file. A descriptor can't be written down: its
@@ -76,6 +78,11 @@ func decodeState(b []byte) (memory, error) {
 	var m memory
 	if err := strict(d.State, &m); err != nil {
 		return memory{}, fmt.Errorf("%w: %w", errDamaged, err)
+	}
+	for _, r := range m.Leaving {
+		if err := checkWords(r.PodID); err != nil {
+			return memory{}, fmt.Errorf("%w: %w", errDamaged, err)
+		}
 	}
 	seen := make(map[string]bool)
 	for _, r := range m.Pods {
