@@ -2,10 +2,10 @@
 # ARGS goes to the script: make test ARGS='-run TestWire'
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint demo log bench conformance clean
+.PHONY: help build test lint demo demo-capture log bench conformance clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # From inside each folder and naming the one file, as a person types it.
 build: ## build both programs, static, each in its folder
@@ -22,10 +22,13 @@ lint: ## check format, go vet, staticcheck, go.mod, shell scripts, the systemd u
 demo: build ## show the handoff on real namespaces
 	@scripts/demo $(ARGS)
 
+demo-capture: build ## show a pod's traffic going through ztunnel, from curl to the server
+	@scripts/demo-capture $(ARGS)
+
 log: build ## write LOG.md anew (ARGS=--check compares only)
 	@scripts/log $(ARGS)
 
-bench: ## measure the handoff over 1,000 namespaces
+bench: ## measure the handoff over 1,000 namespaces, and what is relayed
 	@scripts/bench/run $(ARGS)
 
 # Never on a live node: scripts/conformance -h says why.
