@@ -77,7 +77,7 @@ func TestOddQueries(t *testing.T) {
 		{"EDNS before a TSIG", `1234 0100 0001 0000 0000 0002` + www + `0001 0001` + opt + `c00c 00fa 00ff 00000000 0001 61`, ";www.example.\tIN\t A", 4096},
 		{"EDNS after another record", `1234 0100 0001 0000 0000 0002` + www + `0001 0001 c00c 0010 0001 00000000 0001 00` + opt, ";www.example.\tIN\t A", 4096},
 		{"EDNS in a wrong section", `1234 0100 0001 0001 0000 0000` + www + `0001 0001` + opt, ";www.example.\tIN\t A", 512},
-		{"EDNS with a name", `1234 0100 0001 0000 0000 0001` + www + `0001 0001` + `0161` + opt, ";www.example.\tIN\t A", 512},
+		{"EDNS with a name", `1234 0100 0001 0000 0000 0001` + www + `0001 0001` + `c00c 0029 1000 00 00 8000 0000`, ";www.example.\tIN\t A", 512},
 		{"EDNS cut off", `1234 0100 0001 0000 0000 0001` + www + `0001 0001 00 0029 1000 00 00 8000`, ";www.example.\tIN\t A", 512},
 		{"EDNS with less data than it says", `1234 0100 0001 0000 0000 0001` + www + `0001 0001 00 0029 1000 00 00 8000 0001`, ";www.example.\tIN\t A", 512},
 		{"records that are not there", `1234 0100 0001 ffff ffff ffff` + www + `0001 0001`, ";www.example.\tIN\t A", 512},

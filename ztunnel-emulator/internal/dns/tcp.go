@@ -64,7 +64,7 @@ func (c *clientConn) answer(ctx context.Context, msg []byte) {
 	defer c.answering.Done()
 	defer func() { <-c.places }()
 	answer := c.forwarder.Answer(ctx, msg, "tcp")
-	c.writing.Lock()
+	c.writing.Lock() // five seconds for each message, not for those before it
 	defer c.writing.Unlock()
 	c.conn.SetWriteDeadline(time.Now().Add(queryTimeout))
 	if ctx.Err() != nil {

@@ -248,6 +248,7 @@ func TestTCPTimeouts(t *testing.T) {
 			use  func(client net.Conn)
 			want time.Duration
 		}{
+			{"sends no DNS", func(client net.Conn) { client.Write(append([]byte{0, 11}, make([]byte, 11)...)) }, 0},
 			{"sends nothing", func(client net.Conn) { io.Copy(io.Discard, client) }, 5 * time.Second},
 			{"drips", func(client net.Conn) {
 				for _, b := range query {
