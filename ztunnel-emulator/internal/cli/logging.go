@@ -27,8 +27,8 @@ const (
 
 func (l *logging) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&l.format, "log-format", "", "how log lines look: `plain|json` (env LOG_FORMAT; default plain)")
-	f.StringVar(&l.level, "log-level", "", "which lines: `error|warn|info|debug` (env RUST_LOG; default info)")
+	f.StringVar(&l.format, "log-format", "", "`format` of log lines: plain or json (env LOG_FORMAT; default plain)")
+	f.StringVar(&l.level, "log-level", "", "the least `level` that is logged: error, warn, info or debug (env RUST_LOG; default info)")
 }
 
 // logger returns the logger that writes such lines to w. A flag beats its variable.
