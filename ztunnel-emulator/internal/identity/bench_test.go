@@ -3,10 +3,12 @@ package identity_test
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"math/big"
 	"testing"
 	"time"
 
 	. "ambient-emulator/ztunnel-emulator/internal/identity"
+	"ambient-emulator/ztunnel-emulator/internal/identity/identitytest"
 )
 
 func BenchmarkIssue(b *testing.B) {
@@ -23,6 +25,23 @@ func BenchmarkCurrentCertificate(b *testing.B) {
 	m := benchManager(b, Options{})
 	for b.Loop() {
 		if _, err := m.Certificate(b.Context(), client); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// With a list of ten thousand.
+func BenchmarkCRLCheck(b *testing.B) {
+	ca := identitytest.NewCA(b)
+	good := ca.Sign(b, identitytest.Good(client))
+	revoked := make([]*x509.Certificate, 10_000)
+	for i := range revoked {
+		revoked[i] = &x509.Certificate{SerialNumber: big.NewInt(int64(i + 1))}
+	}
+	crl, err := ParseCRL(ca.CRL(b, revoked...), ca.Roots())
+	must(b, err)
+	for b.Loop() {
+		if err := crl.Check(chainOf(good)); err != nil {
 			b.Fatal(err)
 		}
 	}

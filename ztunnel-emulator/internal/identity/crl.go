@@ -117,7 +117,7 @@ func (c *CRL) Check(chain []*x509.Certificate) error {
 		return nil
 	}
 	for _, cert := range chain {
-		if err := lists.check(cert, append(slices.Clip(chain), c.roots...)); err != nil {
+		if err := lists.check(cert, chain); err != nil {
 			return &PeerError{Peer: chain, Err: err}
 		}
 	}
@@ -177,7 +177,7 @@ func (c *CRL) load() (changed bool, err error) {
 	if c.lists.Load() != nil && bytes.Equal(text, c.text) {
 		return false, nil
 	}
-	lists, err := parseCRLs(text)
+	lists, err := parseCRLs(text, c.roots)
 	if err != nil {
 		return false, err
 	}
@@ -195,21 +195,22 @@ type revocations struct {
 
 type revocationList struct {
 	list    *x509.RevocationList
-	serials map[string]bool // big-endian bytes
+	serials map[string]bool   // big-endian bytes
+	root    *x509.Certificate // who signed it; nil if no root did, but an intermediate perhaps
 }
 
 // parseCRLs reads PEM blocks "X509 CRL", or one list in DER.
-func parseCRLs(text []byte) (*revocations, error) {
+func parseCRLs(text []byte, roots []*x509.Certificate) (*revocations, error) {
 	r := &revocations{}
 	block, rest := pem.Decode(text)
 	if block == nil {
-		return r, r.add(text)
+		return r, r.add(text, roots)
 	}
 	for ; block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "X509 CRL" {
 			return nil, fmt.Errorf("a PEM block %q: want X509 CRL", block.Type)
 		}
-		if err := r.add(block.Bytes); err != nil {
+		if err := r.add(block.Bytes, roots); err != nil {
 			return nil, err
 		}
 		if bytes.Contains(rest, []byte("-----BEGIN")) && !bytes.Contains(rest, []byte("-----END")) {
@@ -219,37 +220,50 @@ func parseCRLs(text []byte) (*revocations, error) {
 	return r, nil
 }
 
-func (r *revocations) add(der []byte) error {
+func (r *revocations) add(der []byte, roots []*x509.Certificate) error {
 	list, err := x509.ParseRevocationList(der)
 	if err != nil {
 		return err
 	}
-	l := &revocationList{list, make(map[string]bool, len(list.RevokedCertificateEntries))}
+	l := &revocationList{list: list, serials: make(map[string]bool, len(list.RevokedCertificateEntries))}
 	for _, e := range list.RevokedCertificateEntries {
 		l.serials[string(e.SerialNumber.Bytes())] = true
 	}
+	l.root = l.signedBy(roots) // once: the signature is over the whole list
 	r.all = append(r.all, l)
 	r.count += len(l.serials)
 	return nil
 }
 
-// check looks cert up in the list of its issuer, who is one of issuers. Two roots
+// signedBy returns which of certs has signed the list, or nil.
+func (l *revocationList) signedBy(certs []*x509.Certificate) *x509.Certificate {
+	for _, cert := range certs {
+		if bytes.Equal(cert.RawSubject, l.list.RawIssuer) && l.list.CheckSignatureFrom(cert) == nil {
+			return cert
+		}
+	}
+	return nil
+}
+
+// check looks cert, which came in chain, up in the list of its issuer. Two roots
 // may bear one name, as ztunnel's two test roots do: each has a list of its own.
-func (r *revocations) check(cert *x509.Certificate, issuers []*x509.Certificate) error {
+func (r *revocations) check(cert *x509.Certificate, chain []*x509.Certificate) error {
 	var named, signed bool
 	for _, l := range r.all {
 		if !bytes.Equal(l.list.RawIssuer, cert.RawIssuer) {
 			continue
 		}
 		named = true
-		for _, issuer := range issuers {
-			if !bytes.Equal(issuer.RawSubject, cert.RawIssuer) || cert.CheckSignatureFrom(issuer) != nil || l.list.CheckSignatureFrom(issuer) != nil {
-				continue
-			}
-			signed = true
-			if l.serials[string(cert.SerialNumber.Bytes())] {
-				return fmt.Errorf("serial %d: %w", cert.SerialNumber, ErrRevoked)
-			}
+		issuer := l.root
+		if issuer == nil {
+			issuer = l.signedBy(chain)
+		}
+		if issuer == nil || cert.CheckSignatureFrom(issuer) != nil {
+			continue
+		}
+		signed = true
+		if l.serials[string(cert.SerialNumber.Bytes())] {
+			return fmt.Errorf("serial %d: %w", cert.SerialNumber, ErrRevoked)
 		}
 	}
 	if named && !signed {

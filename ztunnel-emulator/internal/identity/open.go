@@ -51,12 +51,11 @@ func openCA(dir string) (*CA, error) {
 
 	// The key first. Once it stands there it is everybody's, and so whoever makes
 	// the certificate makes it for that key: killed in between or overtaken, the
-	// two files always belong together. No lock, nothing to wait for.
+	// two files always belong together. No lock, nothing to wait for. And so a
+	// certificate seen before the key is looked for has lost its key.
+	_, certErr := os.Lstat(certPath)
 	keyPEM, err := settle(keyPath, func() ([]byte, error) {
-		if _, err := os.Lstat(certPath); err == nil {
-			if _, err := os.Lstat(keyPath); err == nil {
-				return nil, fs.ErrExist // both came between two looks
-			}
+		if certErr == nil {
 			return nil, fmt.Errorf("%s is there and %s is not: put the key back, or remove %s to start with a new root", RootFile, KeyFile, certPath)
 		}
 		key, err := newRootKey()
