@@ -77,16 +77,27 @@ to live in. SIGTERM lets running connections end first. It needs CAP_NET_ADMIN,
 too. The agent's socket is never guessed: a second ztunnel on a production
 agent takes over its new pods.
 
-A connection to one of the ports is answered with "ok" and closed.`,
+Traffic that a pod's rules redirect (cni-emulator --capture, or rules install) is
+carried on from inside the pod: outbound from 15001, inbound from 15006 with the
+client's own address, DNS from 15053 to the node's resolvers. What nobody has
+redirected is answered with "ok" by hand, and refused as a loop with --inpod-uds.
+
+With --local-xds FILE there is a mesh: the file says who is who, and connections
+between workloads that take tunnels go over 15008 in mutual TLS, each end proven
+by a certificate of the CA (--ca-cert and --ca-key, or FAKE_CA=true). Without one
+15008 answers "ok".`,
 		Example: `  sudo ip netns add ns2 && sudo ip -n ns2 link set lo up
   sudo ztunnel-emulator /tmp/zt.sock &
   sudo cni-emulator /tmp/zt.sock /var/run/netns/ns2
   sudo ip netns exec ns2 ss -ntlp
   sudo ip netns exec ns2 nc -v -z localhost 15008
 
-  sudo cni-emulator serve &
+  sudo cni-emulator serve --capture redirect &
   sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock &
   sudo cni-emulator add ns2
+
+  sudo FAKE_CA=true ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock \
+    --local-xds mesh.yaml --ca-dir /run/ztunnel-emulator/ca
 
 Environment (names and defaults are the real ztunnel's):
   LOG_FORMAT=plain                 how log lines look; --log-format beats it
@@ -101,9 +112,22 @@ Environment, with --inpod-uds (names and defaults are the real ztunnel's):
   INPOD_PORT_REUSE=true            share ports with the next ztunnel
   ENABLE_ORIG_SRC                  true: transparent sockets or fail; false: none;
                                    unset: if it may
+  ISTIO_META_DNS_CAPTURE=true      serve DNS on 15053 of the pod's loopback
+  KEEPALIVE_ENABLED=true, _TIME=180s, _INTERVAL=180s, _RETRIES=9
+                                   of captured connections; USER_TIMEOUT_ENABLED
   CONNECTION_TERMINATION_DEADLINE=5s
                                    how long connections may go on after SIGTERM
   TERMINATION_GRACE_PERIOD_SECONDS if that is unset: some seconds less than this
+
+With a mesh:
+  LOCAL_XDS_PATH, LOCAL_XDS        the file, or its text
+  NODE_NAME, NETWORK               where we are; only the node's workloads are ours
+  FAKE_CA=false, SECRET_TTL=24h    a CA of our own; how long certificates hold
+  CRL_PATH                         a file of revocation lists, which is followed
+  TLS12_ENABLED, COMPLIANCE_POLICY=pqc
+  POOL_MAX_STREAMS_PER_CONNECTION=100, POOL_UNUSED_RELEASE_TIMEOUT=5m
+  HTTP2_STREAM_WINDOW_SIZE, HTTP2_CONNECTION_WINDOW_SIZE, HTTP2_FRAME_SIZE
+  ENABLE_RESPONSE_BAGGAGE=true, LOCALHOST_APP_TUNNEL=true, AUTHZ_POLICY_INFO_LOGGING
 
 Exit codes:
   0  stopped by a signal, everything closed

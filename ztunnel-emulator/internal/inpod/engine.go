@@ -114,8 +114,12 @@ func (e *engine) accepted(owner *pod, port uint16, fd int) {
 	owner.proxy.Serve(port, fd)
 }
 
-// received serves a datagram, which can only be a DNS query.
+// received serves a datagram, which can only be a DNS query. One that claims to
+// come from where we answer would be answered to ourselves, for ever.
 func received(owner *pod, fd int, query []byte, from unix.Sockaddr) {
+	if proxy.AddrPort(from).Port() == proxy.PortDNS {
+		return
+	}
 	owner.proxy.DNS(query, func(answer []byte) { owner.reply(fd, answer, from) })
 }
 
