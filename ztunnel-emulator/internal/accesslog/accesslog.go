@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // Target is the key of the attribute that names a logger's target; it is not
@@ -141,7 +142,7 @@ func (h *handler) Handle(_ context.Context, r slog.Record) error {
 const timeFormat = "2006-01-02T15:04:05.000000Z"
 
 func (h *handler) plain(b *strings.Builder, r slog.Record) {
-	fmt.Fprintf(b, "%s\t%s\t%s\t%s\t", r.Time.UTC().Format(timeFormat), level(r.Level), strings.TrimPrefix(h.target, crate), r.Message)
+	fmt.Fprintf(b, "%s\t%s\t%s\t%s\t", r.Time.UTC().Format(timeFormat), level(r.Level), strings.TrimPrefix(h.target, crate), oneLine(r.Message))
 	for i, f := range h.fields {
 		if i > 0 {
 			b.WriteByte(' ')
@@ -151,6 +152,16 @@ func (h *handler) plain(b *strings.Builder, r slog.Record) {
 		b.WriteString(plainValue(f.value))
 	}
 	b.WriteByte('\n')
+}
+
+// oneLine escapes what would end the line or move a terminal's cursor: a message
+// may have somebody's file name in it.
+func oneLine(s string) string {
+	if !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return s
+	}
+	quoted := strconv.Quote(s)
+	return quoted[1 : len(quoted)-1]
 }
 
 // plainValue quotes strings, and what reads like one: errors and durations.

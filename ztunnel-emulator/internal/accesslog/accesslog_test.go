@@ -43,6 +43,10 @@ func TestPlain(t *testing.T) {
 			at(access.With("a", 1).WithGroup("g").With("b", true), &buf, slog.LevelError, "m", slog.Group("h", "error", errors.New(`say "no"`))),
 			"2026-08-20T08:00:00.123456Z\terror\taccess\tm\ta=1 g.b=true g.h.error=\"say \\\"no\\\"\"\n",
 		},
+		{
+			at(log, &buf, slog.LevelInfo, "a\nb\x1b[2J", "quoted", "e\nf"),
+			"2026-08-20T08:00:00.123456Z\tinfo\tapp\ta\\nb\\x1b[2J\tquoted=\"e\\nf\"\n",
+		},
 	} {
 		if tt.got != tt.want {
 			t.Errorf("got  %q\nwant %q", tt.got, tt.want)
