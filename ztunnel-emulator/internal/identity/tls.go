@@ -20,6 +20,7 @@ const noSuchProtocol = "h2, and you did not offer it"
 // expected at the other end. It serves any number of connections: each handshake
 // takes the certificate that is current. Whether the server accepts ours shows
 // with the first read: a TLS 1.3 client is done before the server has judged it.
+// Who wants to dial only with a certificate at hand calls Certificate first.
 func (m *Manager) ClientConfig(own ID, expected []ID) *tls.Config {
 	expected = slices.Clone(expected)
 	c := m.baseConfig()
