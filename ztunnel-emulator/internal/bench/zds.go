@@ -13,6 +13,7 @@ import (
 	"ambient-emulator/internal/zds"
 	"ambient-emulator/ztunnel-emulator/internal/accesslog"
 	"ambient-emulator/ztunnel-emulator/internal/inpod"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // zdsInside is ztunnel's half of ZDS in this process, as ztunnel-emulator's
@@ -37,7 +38,7 @@ func startZDS(socket string) (way, error) {
 		return nil, err
 	}
 	defer l.Close()
-	workloads, err := inpod.NewWorkloads(config, log)
+	workloads, err := inpod.NewWorkloads(config, &proxy.Config{Mark: config.Mark, Log: log}, log)
 	if err != nil {
 		return nil, err
 	}
