@@ -57,8 +57,14 @@ func (p *Pod) dnsQuery(query []byte, reply func([]byte)) {
 func (p *Pod) dnsOverTCP(fd int) {
 	defer p.wg.Done()
 	c := NewConn(fd)
-	defer c.Close()
 	p.dns.ServeTCP(p.ctx, netConn{c})
+	if p.ctx.Err() != nil {
+		// The rules go with the pod: whoever is told by a FIN could not get the
+		// answer to us, and would keep the namespace with it.
+		c.reset()
+		return
+	}
+	c.Close()
 }
 
 // netConn is a Conn for those who want a net.Conn. Package net would make one
