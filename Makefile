@@ -2,7 +2,7 @@
 # ARGS goes to the script: make test ARGS='-run TestWire'
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint demo demo-capture log bench conformance clean
+.PHONY: help build test lint demo demo-capture demo-mesh log bench conformance clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: build ## show the handoff on real namespaces
 
 demo-capture: build ## show a pod's traffic going through ztunnel, from curl to the server
 	@scripts/demo-capture $(ARGS)
+
+demo-mesh: build ## show pods in mutual TLS, with identities, a service and a policy
+	@scripts/demo-mesh $(ARGS)
 
 log: build ## write LOG.md anew (ARGS=--check compares only)
 	@scripts/log $(ARGS)
