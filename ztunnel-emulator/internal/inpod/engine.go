@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -68,11 +69,12 @@ func (p *pod) enter(fn func() error) error {
 	return err
 }
 
-// reply sends a datagram from the pod's socket fd, while the pod lives.
+// reply sends a datagram from the pod's socket fd, while the pod has it: a pod that
+// drains has closed its sockets, and the number may be another one's by now.
 func (p *pod) reply(fd int, datagram []byte, to unix.Sockaddr) {
 	p.life.RLock()
 	defer p.life.RUnlock()
-	if !p.stopped.Load() {
+	if !p.stopped.Load() && slices.ContainsFunc(p.sockets, func(s socket) bool { return s.fd == fd }) {
 		unix.Sendto(fd, datagram, 0, to) // who asked will ask again
 	}
 }
