@@ -116,12 +116,12 @@ func (c *conn) request(authority string, fields []hpack.HeaderField, onRemove fu
 	s, err := c.admit(onRemove)
 	if err == nil {
 		err = c.writeHeaders(s.id, all, false)
-		if err != nil {
-			c.fail(err)
-		}
 	}
-	if uerr := c.unlockWrite(); err == nil {
+	uerr := c.unlockWrite()
+	if err == nil {
 		err = uerr
+	} else if s != nil {
+		c.fail(err)
 	}
 	return s, err
 }

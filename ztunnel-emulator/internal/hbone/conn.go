@@ -222,13 +222,11 @@ func (c *conn) farewell(err error, lastID uint32, orderly bool) {
 		c.ctlMu.Unlock()
 	}
 	c.wire.Conn.SetWriteDeadline(time.Now().Add(farewellTime))
-	// A writer that holds the lock may be stuck at a peer that doesn't read: then
-	// there is nothing to say.
-	if c.wmu.TryLock() {
-		c.takeControl()
-		c.sayEnd()
-		c.wmu.Unlock()
-	}
+	// A writer that is stuck at a peer that doesn't read gives up by then.
+	c.wmu.Lock()
+	c.takeControl()
+	c.sayEnd()
+	c.wmu.Unlock()
 	c.wire.Close()
 }
 

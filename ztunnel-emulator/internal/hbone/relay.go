@@ -27,8 +27,11 @@ func (s *Stream) Relay(app *os.File) (Counts, error) {
 	}
 	k := newSink(app, raw)
 	s.attach(k)
-	if err := s.sendFrom(raw); err != nil {
-		s.c.reset(s, s.abandonCode(), err)
+	// An end that came before attach can't wake who waits for app.
+	if !s.stopped.Load() {
+		if err := s.sendFrom(raw); err != nil {
+			s.c.reset(s, s.abandonCode(), err)
+		}
 	}
 	<-k.done
 	k.work.Wait()
@@ -76,12 +79,22 @@ func (s *Stream) abandon() {
 	}
 	s.c.mu.Unlock()
 	if !open {
+		s.dropQueue()
 		return
 	}
 	s.finish(&ResetError{Code: code}, true)
+	s.dropQueue()
 	s.c.control(func(fr *http2.Framer) { fr.WriteRSTStream(s.id, code) })
 	s.removed()
 	s.c.closeIfDrained()
+}
+
+// dropQueue throws away what nobody will take.
+func (s *Stream) dropQueue() {
+	s.mu.Lock()
+	dropped := s.q.clear(s.sink != nil && s.sink.draining)
+	s.mu.Unlock()
+	s.c.taken(nil, dropped)
 }
 
 // relayError is what the relay's user gets.
@@ -161,6 +174,11 @@ func (f *feed) next(raw syscall.RawConn) (int, error) {
 			return 0, err
 		case f.full:
 			<-f.s.wake
+			if f.s.appGone.Load() {
+				// Reset while its bytes had no window: the peer may never give any,
+				// being busy with what we can't deliver.
+				return 0, io.EOF
+			}
 			continue
 		case f.err != nil && endsQuietly(f.err):
 			return 0, io.EOF

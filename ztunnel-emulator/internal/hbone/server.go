@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -26,11 +27,38 @@ type ServerConn struct {
 // from now on. A client that offers no ALPN is taken to speak h2. Errors are of
 // type *HandshakeError.
 func Accept(ctx context.Context, raw net.Conn, tc *tls.Config, cfg Config) (*ServerConn, error) {
-	w, t, err := handshake(ctx, raw, tc, cfg, tls.Server)
+	w, t, err := handshake(ctx, raw, refusingOthers(tc), cfg, tls.Server)
 	if err != nil {
 		return nil, err
 	}
 	return startServer(ctx, w, t, cfg)
+}
+
+// refusingOthers is tc, which refuses clients that offer protocols and no h2.
+// crypto/tls alone would let one that offers http/1.1 through, as if it offered
+// nothing.
+func refusingOthers(tc *tls.Config) *tls.Config {
+	before := tc.GetConfigForClient
+	out := tc.Clone()
+	out.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		use := tc
+		if before != nil {
+			switch c, err := before(hello); {
+			case err != nil:
+				return nil, err
+			case c != nil:
+				use = c
+			}
+		}
+		use = use.Clone()
+		use.GetConfigForClient = nil
+		use.DynamicRecordSizingDisabled = true
+		if len(hello.SupportedProtos) > 0 && !slices.Contains(hello.SupportedProtos, "h2") {
+			use.NextProtos = []string{"h2 and nothing else"} // matches none, so TLS sends the right alert
+		}
+		return use, nil
+	}
+	return out
 }
 
 // startServer is Accept after TLS.

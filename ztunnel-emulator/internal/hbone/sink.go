@@ -131,7 +131,12 @@ func (s *Stream) drainOrWake() {
 
 // sinkFailed resets the stream if the application did not just go away.
 func (s *Stream) sinkFailed(err error) {
-	if err == nil || endsQuietly(err) || errors.Is(err, os.ErrDeadlineExceeded) {
+	switch {
+	case err == nil:
+		return
+	case endsQuietly(err) || errors.Is(err, os.ErrDeadlineExceeded):
+		s.appGone.Store(true)
+		s.wakeSender()
 		return
 	}
 	s.c.reset(s, s.abandonCode(), &CopyError{Op: "send", Err: os.NewSyscallError("write", err)})
