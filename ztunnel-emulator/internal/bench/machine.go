@@ -13,7 +13,7 @@ import (
 
 // resultsFile is RESULTS.md: the table and the machine that made it.
 func resultsFile(table string) string {
-	return "# What a handoff costs\n\n" +
+	return "# What it costs\n\n" +
 		"Written by `scripts/bench/run`.\n\n" + machine() + "\n" + table
 }
 

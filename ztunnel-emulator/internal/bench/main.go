@@ -1,7 +1,8 @@
 // Command bench measures a handoff, on the seed's wire and on ZDS, against its
-// floor, the bare system calls, and prints a table; scripts/bench/run builds what it needs and runs it in a
-// private world. Floor and measured rounds take turns in the same run, so that
-// a noisy machine disturbs both alike.
+// floor, the bare system calls; and captured traffic against its floor, one
+// thread that splices. It prints tables; scripts/bench/run builds what it needs
+// and runs it in a private world. Floor and measured rounds take turns in the
+// same run, so that a noisy machine disturbs both alike.
 //
 // It is a benchmark, not a test: an aim that is missed is printed, and the exit
 // code is 0.
@@ -35,9 +36,21 @@ type options struct {
 	inTurns int // handoffs, then visits of the floor, before they take turns
 
 	idle time.Duration // to watch the two programs do nothing
+
+	part    string // all, handoff or traffic
+	traffic trafficOptions
 }
 
 func main() {
+	if len(os.Args) > 1 {
+		if f, ok := inPod[os.Args[1]]; ok {
+			if err := f(os.Args[2:]); err != nil {
+				fmt.Fprintf(os.Stderr, "bench: %s: %v\n", os.Args[1], err)
+				os.Exit(1)
+			}
+			return
+		}
+	}
 	var o options
 	flag.StringVar(&o.ztunnel, "ztunnel", "", "the `program` ztunnel-emulator")
 	flag.StringVar(&o.cni, "cni", "", "the `program` cni-emulator")
@@ -49,6 +62,8 @@ func main() {
 	flag.IntVar(&o.loads, "loads", 5, "how many rounds of all pods to a ztunnel-emulator, for each number of senders and in a snapshot")
 	flag.IntVar(&o.inTurns, "turns", 10, "how many of a kind are measured before the next kind has its turn")
 	flag.DurationVar(&o.idle, "idle", 5*time.Second, "how long to watch the two programs do nothing")
+	flag.StringVar(&o.part, "part", "all", "what to measure: `handoff, traffic` or all")
+	o.traffic.flags()
 	flag.Parse()
 
 	// An interrupted run must not leave a ztunnel-emulator behind.
@@ -63,59 +78,84 @@ func main() {
 	}
 }
 
-// run measures everything and prints the table.
+// run measures everything and prints the tables.
 func run(ctx context.Context, o options) error {
 	if os.Getenv("PRIVATE_WORLD") == "" {
 		return errors.New("this makes thousands of namespaces: run it with scripts/bench/run, in a world of its own")
 	}
-	if err := enoughFiles(o.pods); err != nil {
+	if err := os.MkdirAll(o.dir, 0o700); err != nil {
 		return err
 	}
-	note := func(what string) { fmt.Fprintf(os.Stderr, "bench: %s\n", what) }
-
-	note(fmt.Sprintf("make %d namespaces", 3*o.pods))
-	w, err := makeWorld(o.dir, o.pods)
-	if err != nil {
-		return err
-	}
-	var r results
-	note(fmt.Sprintf("hand them over in this process, %s", plural(o.rounds, "round")))
-	if r.handoffs, err = measureHandoffs(ctx, w, o.rounds, o.inTurns); err != nil {
-		return err
-	}
-	note("hand them over with processes")
-	if r.processes, err = measureProcesses(ctx, o, w); err != nil {
-		return err
-	}
-	for _, senders := range []int{1, 8, 64} {
-		note(fmt.Sprintf("hand them over with %s at once, %s", plural(senders, "sender"), plural(o.loads, "round")))
-		l, err := measureLoad(ctx, o, w, senders)
+	tables := ""
+	if o.part != "traffic" {
+		table, err := runHandoffs(ctx, o)
 		if err != nil {
 			return err
 		}
-		r.loads = append(r.loads, l)
+		tables += "## What a handoff costs\n\n" + table
 	}
-	note(fmt.Sprintf("tell a fresh ztunnel of all of them, %s", plural(o.loads, "round")))
-	if r.snapshots, err = measureSnapshots(ctx, o, w); err != nil {
-		return err
+	if o.part != "handoff" {
+		table, err := runTraffic(ctx, o)
+		if err != nil {
+			return err
+		}
+		if tables != "" {
+			tables += "\n"
+		}
+		tables += "## What relaying costs\n\n" + table
 	}
-
-	table := r.table(o)
-	fmt.Print(table)
+	fmt.Print(tables)
 	if o.results == "" {
 		return nil
 	}
-	return os.WriteFile(o.results, []byte(resultsFile(table)), 0o644)
+	return os.WriteFile(o.results, []byte(resultsFile(tables)), 0o644)
 }
 
-// enoughFiles checks the limit of open files for pods of this process (four
-// each, in two ways), and the floor's (three). Other processes need fewer.
+// note tells a waiting person what goes on.
+func note(format string, a ...any) { fmt.Fprintf(os.Stderr, "bench: "+format+"\n", a...) }
+
+// runHandoffs measures everything about handoffs and returns the tables.
+func runHandoffs(ctx context.Context, o options) (string, error) {
+	if err := enoughFiles(o.pods); err != nil {
+		return "", err
+	}
+	note("make %d namespaces", 3*o.pods)
+	w, err := makeWorld(o.dir, o.pods)
+	if err != nil {
+		return "", err
+	}
+	var r results
+	note("hand them over in this process, %s", plural(o.rounds, "round"))
+	if r.handoffs, err = measureHandoffs(ctx, w, o.rounds, o.inTurns); err != nil {
+		return "", err
+	}
+	note("hand them over with processes")
+	if r.processes, err = measureProcesses(ctx, o, w); err != nil {
+		return "", err
+	}
+	for _, senders := range []int{1, 8, 64} {
+		note("hand them over with %s at once, %s", plural(senders, "sender"), plural(o.loads, "round"))
+		l, err := measureLoad(ctx, o, w, senders)
+		if err != nil {
+			return "", err
+		}
+		r.loads = append(r.loads, l)
+	}
+	note("tell a fresh ztunnel of all of them, %s", plural(o.loads, "round"))
+	if r.snapshots, err = measureSnapshots(ctx, o, w); err != nil {
+		return "", err
+	}
+	return r.table(o), nil
+}
+
+// enoughFiles checks the limit of open files for pods of this process (four on
+// the seed's wire and eight on the other), and the floor's (three).
 func enoughFiles(pods int) error {
 	var lim unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
 		return os.NewSyscallError("getrlimit", err)
 	}
-	if need := uint64(11*pods + 100); lim.Cur < need {
+	if need := uint64(15*pods + 100); lim.Cur < need {
 		return fmt.Errorf("%d open files are needed and %d allowed: raise the limit (ulimit -n) or use --quick", need, lim.Cur)
 	}
 	return nil

@@ -25,7 +25,11 @@ type process struct {
 const settleTime = 200 * time.Millisecond
 
 func startProcess(ctx context.Context, w *world, program string, args ...string) (*process, error) {
-	log, err := os.Create(filepath.Join(w.dir, filepath.Base(program)+".log"))
+	return startLogged(ctx, filepath.Join(w.dir, filepath.Base(program)+".log"), program, args...)
+}
+
+func startLogged(ctx context.Context, logFile, program string, args ...string) (*process, error) {
+	log, err := os.Create(logFile)
 	if err != nil {
 		return nil, err
 	}

@@ -24,6 +24,8 @@ const (
 	aimProcess   = 1.5
 	aimBytes     = 12 << 10 // resident, a pod
 	filesForAPod = 4        // three listeners and the namespace
+	// In ZDS mode also four for DNS: UDP and TCP, on 127.0.0.1 and on ::1.
+	filesForAZDSPod = 8
 
 	aimSnapshot   = 500 * time.Millisecond
 	agentsForAPod = 1 // the namespace

@@ -35,7 +35,7 @@ func (s *snapshots) rows(pods int) [][]string {
 		{"the agent alone: ztunnel only acks", spread("%.0f", milliseconds(func(r snapshotRound) float64 { return r.agent.Seconds() })) + " ms", "", ""},
 		{"ztunnel alone: the agent only sends", spread("%.0f", milliseconds(func(r snapshotRound) float64 { return r.ztunnel.Seconds() })) + " ms", "", ""},
 		{"both, `lo` down in every pod, as `ip netns add` leaves it", fmt.Sprintf("%d ms", s.down.both.Milliseconds()), aim, verdict(s.down.both < aimSnapshot)},
-		filesRow("descriptors a pod, ztunnel", files(ztunnel), pods, filesForAPod),
+		filesRow("descriptors a pod, ztunnel: with the four of DNS", files(ztunnel), pods, filesForAZDSPod),
 		filesRow("descriptors a pod, agent", files(agent), pods, agentsForAPod),
 		{"resident memory a pod, ztunnel", spread("%.1f", memory) + " KiB", fmt.Sprintf("< %d KiB", aimBytes>>10), verdict(quantile(memory, 0.5)*1024 < aimBytes)},
 		{"resident memory a pod, agent", spread("%.1f", kibibytes(agent)) + " KiB", "", ""},

@@ -1,0 +1,125 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+)
+
+// The aims for an idle relayed connection.
+const (
+	aimIdleBytes = 12 << 10
+	idleFiles    = 2 // the two sockets
+)
+
+// measure is a row of the table for each comparison.
+type measure struct {
+	what   string
+	of     func(trafficRound) float64
+	format string
+	more   bool                     // is better
+	aim    func(comparison) float64 // of the ratio to the floor; nil for none
+	apart  func(comparison, []float64) (aim, verdict string)
+	base   bool // no mesh has it, too
+}
+
+func measures() []measure {
+	var all []measure
+	for i, n := range streams {
+		all = append(all, measure{
+			what: "throughput, " + plural(n, "stream") + ", GiB/s", format: "%.2f", more: true, base: true,
+			of:  func(r trafficRound) float64 { return r.throughput[i] / (1 << 30) },
+			aim: func(c comparison) float64 { return c.throughput },
+		})
+	}
+	return append(all,
+		measure{
+			what: "round trip of 1 KiB, µs", format: "%.1f", base: true,
+			of:  func(r trafficRound) float64 { return 1e6 / r.trips },
+			aim: func(c comparison) float64 { return c.latency },
+		},
+		measure{
+			what: "new connections a second, 8 at once", format: "%.0f", more: true, base: true,
+			of: func(r trafficRound) float64 { return r.conns },
+		},
+		measure{
+			what: "CPU of what relays, s/GiB", format: "%.2f",
+			of: func(r trafficRound) float64 { return r.cpu },
+		},
+		measure{
+			what: "resident, an idle connection, KiB", format: "%.1f",
+			of:    func(r trafficRound) float64 { return r.idle.resident / 1024 },
+			apart: idleMemory,
+		},
+		measure{
+			what: "descriptors, an idle connection", format: "%g",
+			of:    func(r trafficRound) float64 { return r.idle.files },
+			apart: idleDescriptors,
+		})
+}
+
+func idleMemory(_ comparison, each []float64) (aim, met string) {
+	return fmt.Sprintf("≤ %d KiB", aimIdleBytes>>10), verdict(quantile(each, 0.5)*1024 <= aimIdleBytes)
+}
+
+func idleDescriptors(_ comparison, each []float64) (aim, met string) {
+	all := true
+	for _, n := range each {
+		all = all && n == idleFiles
+	}
+	return fmt.Sprintf("exactly %d", idleFiles), verdict(all)
+}
+
+// trafficTable renders the rounds in Markdown, by variant.
+func trafficTable(o trafficOptions, rounds map[string][]trafficRound) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "A pod on each of two nodes; %s, in which all take turns, each number over %v, %d idle connections. Values are medians. The\n", plural(o.rounds, "round"), o.each, o.idle)
+	b.WriteString("floor is one thread of epoll and splice in the place of each ztunnel. A ratio is the median of the rounds' own; in brackets are the least and the most.\n")
+	for _, c := range comparisons {
+		if len(rounds[c.measured.name]) == 0 && len(rounds[c.floor.name]) == 0 {
+			continue
+		}
+		b.WriteString("\n")
+		b.WriteString(markdown(c.rows(rounds)))
+	}
+	return b.String()
+}
+
+func (c comparison) rows(rounds map[string][]trafficRound) [][]string {
+	rows := [][]string{{"captured: " + c.name, noMesh.name, "floor", "ztunnel", "ratio to the floor", "aim", ""}}
+	for _, m := range measures() {
+		values := func(v variant) []float64 { return column(rounds[v.name], m.of) }
+		middle := func(each []float64) string {
+			if len(each) == 0 {
+				return ""
+			}
+			return fmt.Sprintf(m.format, quantile(each, 0.5))
+		}
+		base, floor, ours := values(noMesh), values(c.floor), values(c.measured)
+		row := []string{m.what, "", middle(floor), middle(ours), "", "", ""}
+		if m.base {
+			row[1] = middle(base)
+		}
+		var ratios []float64
+		for i := range min(len(floor), len(ours)) {
+			ratios = append(ratios, ours[i]/floor[i])
+		}
+		if len(ratios) > 0 {
+			row[4] = spread("%.2f", ratios)
+			if m.aim != nil {
+				row[5], row[6] = ratioVerdict(m, m.aim(c), quantile(ratios, 0.5))
+			}
+			if m.apart != nil {
+				row[5], row[6] = m.apart(c, ours)
+			}
+		}
+		rows = append(rows, row)
+	}
+	return rows
+}
+
+func ratioVerdict(m measure, aim, ratio float64) (text, met string) {
+	if m.more {
+		return fmt.Sprintf("≥ %g, reach for 1", aim), verdict(ratio >= aim)
+	}
+	return fmt.Sprintf("≤ %g", aim), verdict(ratio <= aim)
+}

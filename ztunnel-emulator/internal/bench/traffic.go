@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+)
+
+// trafficOptions are for the part that measures traffic.
+type trafficOptions struct {
+	world  string        // the script
+	rounds int           // of all variants in turns
+	each   time.Duration // for each number
+	idle   int           // connections
+	only   string
+}
+
+func (o *trafficOptions) flags() {
+	flag.StringVar(&o.world, "world", "scripts/world", "the `script` that makes nodes and pods")
+	flag.IntVar(&o.rounds, "traffic-rounds", 5, "how many rounds of traffic, each through all variants")
+	flag.DurationVar(&o.each, "traffic-each", time.Second, "how long to measure each number of traffic")
+	flag.IntVar(&o.idle, "traffic-idle", 2000, "how many idle connections to hold")
+	flag.StringVar(&o.only, "traffic-only", "", "only variants whose name has this `word`")
+}
+
+// bed is where traffic flows: a pod on each of two nodes, made by scripts/world.
+type bed struct {
+	options
+	self string // this program
+}
+
+// The world's names and addresses: one pod on each node.
+const (
+	clientSide = side(0)
+	serverSide = side(1)
+	serverAddr = "10.0.3.3"
+)
+
+// side is one of the two nodes with its pod.
+type side int
+
+func (s side) pod() string  { return [...]string{"pod2", "pod3"}[s] }
+func (s side) node() string { return [...]string{"node2", "node3"}[s] }
+
+func netnsOf(name string) string { return "world-" + name }
+func pathOf(name string) string  { return filepath.Join("/var/run/netns", netnsOf(name)) }
+
+// start runs a program in a namespace of the world, in the background.
+func (b *bed) start(ctx context.Context, ns string, log string, args ...string) (*process, error) {
+	file := filepath.Join(b.dir, ns+"-"+log+".log")
+	return startLogged(ctx, file, "ip", append([]string{"netns", "exec", netnsOf(ns)}, args...)...)
+}
+
+// command is one in a namespace of the world that ends by itself.
+func (b *bed) command(ctx context.Context, ns string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", netnsOf(ns)}, args...)...)
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// trafficRound is what one variant did in one round.
+type trafficRound struct {
+	throughput [len(streams)]float64 // bytes a second
+	cpu        float64               // of what relays, seconds a GiB
+	trips      float64               // round trips a second
+	conns      float64               // new connections a second
+	idle       held
+}
+
+// held is what one idle connection costs, on the average.
+type held struct{ resident, files float64 }
+
+// streams are the numbers of connections that carry bytes at once.
+var streams = [...]int{1, 2, 8}
+
+// runTraffic measures all variants in turns and returns the tables.
+func runTraffic(ctx context.Context, o options) (table string, err error) {
+	b := &bed{options: o}
+	if b.self, err = os.Executable(); err != nil {
+		return "", err
+	}
+	note("make two nodes with a pod each")
+	if out, err := exec.CommandContext(ctx, o.traffic.world, "up", "--nodes", "2", "--pods", "1").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%s: %w: %s", o.traffic.world, err, out)
+	}
+	server, err := b.start(ctx, serverSide.pod(), "server", b.self, "server")
+	if err != nil {
+		return "", err
+	}
+	rounds, err := b.allRounds(ctx, server)
+	if err := errors.Join(err, server.stop()); err != nil {
+		return "", err
+	}
+	if out, err := exec.CommandContext(ctx, o.traffic.world, "down").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%s: %w: %s", o.traffic.world, err, out)
+	}
+	return trafficTable(o.traffic, rounds), nil
+}
+
+// allRounds returns the rounds of each variant by its name.
+func (b *bed) allRounds(ctx context.Context, server *process) (map[string][]trafficRound, error) {
+	if _, err := server.await("serving"); err != nil {
+		return nil, err
+	}
+	chosen := b.chosen()
+	rounds := make(map[string][]trafficRound)
+	for i := range b.traffic.rounds {
+		note("traffic, round %d of %d", i+1, b.traffic.rounds)
+		for j := range chosen {
+			v := chosen[(i+j)%len(chosen)] // nobody is always the one who comes after the other
+			r, err := b.round(ctx, v)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", v.name, err)
+			}
+			rounds[v.name] = append(rounds[v.name], r)
+		}
+	}
+	return rounds, nil
+}
+
+// round measures a variant with fresh processes: two times, because what carried
+// traffic has memory at hand for idle connections.
+func (b *bed) round(ctx context.Context, v variant) (r trafficRound, err error) {
+	err = b.standing(ctx, v, func(relays []*process) error { return b.carry(ctx, &r, relays) })
+	if err == nil && v.relays() {
+		err = b.standing(ctx, v, func(relays []*process) error { return b.hold(ctx, &r, relays) })
+	}
+	return r, err
+}
+
+// standing sets a variant up, calls f, and takes it down.
+func (b *bed) standing(ctx context.Context, v variant, f func(relays []*process) error) error {
+	var up []*standing
+	var relays []*process
+	var err error
+	for _, s := range v.sides {
+		var st *standing
+		if st, err = v.start(ctx, b, s); err != nil {
+			break
+		}
+		up = append(up, st)
+		relays = append(relays, st.relay)
+	}
+	if err == nil {
+		err = f(relays)
+	}
+	for _, st := range up {
+		err = errors.Join(err, st.stop())
+	}
+	return err
+}
+
+// carry measures everything that moves.
+func (b *bed) carry(ctx context.Context, r *trafficRound, relays []*process) error {
+	before, err := ticksOf(relays)
+	if err != nil {
+		return err
+	}
+	moved := 0.0
+	for i, n := range streams {
+		got, err := b.client(ctx, "stream", fmt.Sprint(n), b.traffic.each.String())
+		if err != nil {
+			return err
+		}
+		r.throughput[i] = got.Count / got.Seconds
+		moved += got.Count
+	}
+	after, err := ticksOf(relays)
+	if err != nil {
+		return err
+	}
+	r.cpu = float64(after-before) / 100 / (moved / (1 << 30))
+	got, err := b.client(ctx, "trips", "1", b.traffic.each.String())
+	if err != nil {
+		return err
+	}
+	r.trips = got.Count / got.Seconds
+	got, err = b.client(ctx, "connect", fmt.Sprint(connecting), b.traffic.each.String())
+	if err != nil {
+		return err
+	}
+	r.conns = got.Count / got.Seconds
+	return nil
+}
+
+// hold measures what connections cost that have carried a little and carry
+// nothing now.
+func (b *bed) hold(ctx context.Context, r *trafficRound, relays []*process) error {
+	before, err := lookAt(relays)
+	if err != nil {
+		return err
+	}
+	cmd := b.command(ctx, clientSide.pod(), b.self, "client", "idle", fmt.Sprint(b.traffic.idle))
+	in, err1 := cmd.StdinPipe()
+	out, err2 := cmd.StdoutPipe()
+	if err := errors.Join(err1, err2); err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	if _, err = out.Read(make([]byte, 1)); err != nil {
+		err = fmt.Errorf("the client has not opened %d connections: %w", b.traffic.idle, err)
+	}
+	var after usage
+	if err == nil {
+		after, err = lookAt(relays)
+	}
+	in.Close()
+	if err := errors.Join(err, cmd.Wait()); err != nil {
+		return err
+	}
+	added := after.minus(before)
+	n := float64(b.traffic.idle * len(relays))
+	r.idle = held{resident: float64(added.resident) / n, files: float64(added.files) / n}
+	return nil
+}
+
+func ticksOf(relays []*process) (sum int, err error) {
+	for _, p := range relays {
+		n, err := p.ticks()
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
+
+func lookAt(relays []*process) (sum usage, err error) {
+	for _, p := range relays {
+		u, err := p.look()
+		if err != nil {
+			return usage{}, err
+		}
+		sum.files += u.files
+		sum.resident += u.resident
+	}
+	return sum, nil
+}
