@@ -82,15 +82,26 @@ func notText(data []byte) int {
 
 func line(data []byte, at int) int { return bytes.Count(data[:at], []byte("\n")) + 1 }
 
-var yamlLine = regexp.MustCompile(`^line (\d+): `)
+var (
+	yamlLine   = regexp.MustCompile(`^line (\d+): `)
+	yamlAnchor = regexp.MustCompile(`^unknown anchor '(.*)' referenced`)
+	yamlParser = regexp.MustCompile(`^did not find expected (node content|key|'-' indicator|',' or|'<)|^found (duplicate %|incompatible YAML|undefined tag)`)
+)
 
-// syntaxError puts the library's words into ours.
+// syntaxError puts the library's words into ours. It leaves out the line when
+// that is the first, and when an anchor is not there; its parser counts lines
+// from 0, but not its scanner.
 func syntaxError(data []byte, err error) error {
 	text := strings.TrimPrefix(err.Error(), "yaml: ")
-	at := line(data, len(data)) // some errors of the library's come without a line
+	at := 1
 	if m := yamlLine.FindStringSubmatch(text); m != nil {
 		at, _ = strconv.Atoi(m[1])
 		text = text[len(m[0]):]
+		if yamlParser.MatchString(text) {
+			at++
+		}
+	} else if m := yamlAnchor.FindStringSubmatch(text); m != nil {
+		at = line(data, max(0, bytes.Index(data, []byte("*"+m[1]))))
 	}
 	return &FileError{at, "", text}
 }

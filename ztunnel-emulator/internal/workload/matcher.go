@@ -82,15 +82,15 @@ func (m *Match) empty() bool {
 
 // matches judges a connection. A match with nothing set matches nothing.
 func (m *Match) matches(c *subject) bool {
-	return !m.empty() &&
-		agree(m.Namespaces, m.NotNamespaces, func(s StringMatch) bool { return s.matches(c.id.namespace) }) &&
+	return agree(m.Namespaces, m.NotNamespaces, func(s StringMatch) bool { return s.matches(c.id.namespace) }) &&
 		agree(m.ServiceAccounts, m.NotServiceAccounts, func(a ServiceAccount) bool {
 			return c.known && a.Namespace == c.id.namespace && a.ServiceAccount == c.id.serviceAccount
 		}) &&
 		agree(m.Principals, m.NotPrincipals, func(s StringMatch) bool { return c.known && s.matches(c.principal) }) &&
 		agree(m.SourceIPs, m.NotSourceIPs, func(p netip.Prefix) bool { return p.Contains(c.src) }) &&
 		agree(m.DestinationIPs, m.NotDestinationIPs, func(p netip.Prefix) bool { return p.Contains(c.dst.Addr()) }) &&
-		agree(m.DestinationPorts, m.NotDestinationPorts, func(p uint16) bool { return p == c.dst.Port() })
+		agree(m.DestinationPorts, m.NotDestinationPorts, func(p uint16) bool { return p == c.dst.Port() }) &&
+		!m.empty()
 }
 
 // agree judges one kind of field.
