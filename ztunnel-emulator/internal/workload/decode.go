@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -20,6 +21,26 @@ func (e *FileError) Error() string {
 		return fmt.Sprintf("line %d: %s", e.Line, e.Text)
 	}
 	return fmt.Sprintf("line %d: %s: %s", e.Line, e.At, e.Text)
+}
+
+// fileError makes one that fits on a line: what stands in the file may be long,
+// and move a terminal's cursor.
+func fileError(line int, at, text string) *FileError {
+	return &FileError{line, oneLine(at), oneLine(text)}
+}
+
+const longestLine = 600 // bytes
+
+func oneLine(s string) string {
+	if len(s) > longestLine {
+		s = s[:longestLine] + "…"
+	}
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 // decoder walks over a document. The first error stays; after it everything is
@@ -53,13 +74,13 @@ func (p *path) String() string {
 
 func (d *decoder) fail(n *yaml.Node, at *path, format string, args ...any) {
 	if d.err == nil {
-		d.err = &FileError{Line: n.Line, At: at.String(), Text: fmt.Sprintf(format, args...)}
+		d.err = fileError(n.Line, at.String(), fmt.Sprintf(format, args...))
 	}
 }
 
 func (d *decoder) warn(n *yaml.Node, at *path, format string, args ...any) {
 	if len(d.warnings) < maxWarnings {
-		d.warnings = append(d.warnings, (&FileError{n.Line, at.String(), fmt.Sprintf(format, args...)}).Error())
+		d.warnings = append(d.warnings, fileError(n.Line, at.String(), fmt.Sprintf(format, args...)).Error())
 	}
 }
 

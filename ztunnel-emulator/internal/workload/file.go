@@ -14,8 +14,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// MaxFile is how long a file may be, in bytes: some hundred thousand workloads.
-const MaxFile = 64 << 20
+// MaxFile is how long a file may be, in bytes: a hundred thousand workloads. It
+// takes some thirty times as much memory while it is read.
+const MaxFile = 32 << 20
 
 // file is a file as it is written, in its order.
 type file struct {
@@ -103,7 +104,7 @@ func syntaxError(data []byte, err error) error {
 	} else if m := yamlAnchor.FindStringSubmatch(text); m != nil {
 		at = line(data, max(0, bytes.Index(data, []byte("*"+m[1]))))
 	}
-	return &FileError{at, "", text}
+	return fileError(at, "", text)
 }
 
 var topKeys = []string{"workloads", "policies", "services"}

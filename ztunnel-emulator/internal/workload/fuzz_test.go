@@ -26,7 +26,7 @@ func FuzzParse(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	for _, s := range []string{string(example), cast, inboundCast, "{}", "workloads: &a [*a]", workloadWith("locality: {region: a}"), matching("{principals: [!Exact x]}")} {
+	for _, s := range []string{string(example), balanced("", "", "a", "", "b", ", hostname: b"), "{}", "workloads: &a [*a]", workloadWith("locality: {region: a}"), matching("{principals: [!Exact x]}")} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, text string) {

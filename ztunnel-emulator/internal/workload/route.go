@@ -9,7 +9,7 @@ import (
 
 // Request is an outbound connection of a pod of ours.
 type Request struct {
-	Source  *Workload      // the pod
+	Source  *Workload      // the pod; never nil
 	Client  netip.Addr     // where the connection comes from
 	Dst     netip.AddrPort // where it was going before it was redirected
 	Network string         // the network that we are on (NETWORK)

@@ -277,3 +277,14 @@ func TestRouteRandom(t *testing.T) {
 		}
 	}
 }
+
+func BenchmarkRoute(b *testing.B) {
+	s := parse(b, cast)
+	req := Request{Source: s.WorkloadByUID("client"), Client: ip("10.0.0.1"), Dst: ap("10.1.0.1:80")}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := s.Route(req); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -81,7 +81,7 @@ func unique[K comparable, T any](s *State, what string, all []*T, index map[K]*T
 
 func (s *State) warn(format string, args ...any) {
 	if len(s.warnings) < maxWarnings {
-		s.warnings = append(s.warnings, fmt.Sprintf(format, args...))
+		s.warnings = append(s.warnings, oneLine(fmt.Sprintf(format, args...)))
 	}
 }
 
