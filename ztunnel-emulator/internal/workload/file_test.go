@@ -205,6 +205,19 @@ func TestAliasBomb(t *testing.T) {
 	}
 }
 
+func TestNumbers(t *testing.T) {
+	for in, want := range map[string]uint32{"0": 0, "10": 10, "'10'": 10, "0x1F": 31, "0o17": 15, "0b101": 5, "4294967295": 1<<32 - 1} {
+		if got := parse(t, workloadWith("capacity: "+in)).WorkloadByUID("").Capacity; got != want {
+			t.Errorf("%s: %d; want %d", in, got, want)
+		}
+	}
+	for _, bad := range []string{"", "''", "-0", "010", "0x", "0xg", "1_000", "1e3", "4294967296", "null", "[1]"} {
+		if _, err := Parse([]byte(workloadWith("capacity: " + bad))); err == nil {
+			t.Errorf("accepted: %s", bad)
+		}
+	}
+}
+
 func TestTooLong(t *testing.T) {
 	_, err := Parse(make([]byte, MaxFile+1))
 	if err == nil || err.Error() != "line 1: the file has 33554433 bytes; the most is 33554432" {

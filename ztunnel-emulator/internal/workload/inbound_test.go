@@ -11,6 +11,7 @@ const inboundCast = `
 workloads:
 - {uid: server, name: server, namespace: demo, workloadIps: [10.0.0.2, "fd00::2"], protocol: HBONE, services: {demo/svc: {80: 8080, 82: 8082}, demo/illegal: {80: 15008}}}
 - {uid: wp, name: wp, namespace: infra, hostname: wp.host, workloadIps: [10.0.9.1], protocol: HBONE, services: {infra/waypoint: {15008: 15008}}}
+- {uid: twin, name: twin, namespace: infra, workloadIps: [10.0.9.1], services: {}}
 - {uid: proxy, name: proxy, namespace: demo, workloadIps: [10.0.9.2], protocol: HBONE, services: {}, applicationTunnel: {protocol: PROXY, port: 15088}}
 - {uid: portless, name: portless, namespace: demo, workloadIps: [10.0.9.3], protocol: HBONE, services: {}, applicationTunnel: {protocol: PROXY}}
 - {uid: none, name: none, namespace: demo, workloadIps: [10.0.9.4], protocol: HBONE, services: {}, applicationTunnel: {protocol: NONE, port: 15099}}
@@ -94,6 +95,8 @@ func TestInboundTarget(t *testing.T) {
 		{"wp", "10.0.9.1", "10.1.0.3:80", "10.0.9.1:80"},
 		{"wp", "10.0.9.1", "10.1.0.4:80", "10.0.9.1:80"},
 		{"wp", "10.0.9.1", "10.1.0.1:80", "400 ip mismatch: 10.0.9.1 != 10.1.0.1"},
+		{"twin", "10.0.9.1", "10.0.0.10:80", "10.0.9.1:80"}, // whoever has the waypoint's address
+		{"twin", "10.0.9.1", "10.0.0.14:80", "400 ip mismatch: 10.0.9.1 != 10.0.0.14"},
 		{"server", "10.0.0.2", "10.0.0.10:80", "400 ip mismatch: 10.0.0.2 != 10.0.0.10"},
 
 		{"proxy", "10.0.9.2", "192.0.2.1:80", "10.0.9.2:15088 PROXY for 192.0.2.1:80"},

@@ -28,6 +28,13 @@ func TestOverlappingAddresses(t *testing.T) {
 			}
 		}
 	}
+	// Of equals the later one, as in the real one.
+	for _, uids := range [][2]string{{other, other + "2"}, {other + "2", other}} {
+		s := parse(t, "workloads:\n"+entry(uids[0], "")+entry(uids[1], ""))
+		if w := s.WorkloadAt("", ip("10.0.0.1")); w.UID != uids[1] {
+			t.Errorf("%s; want %s", w.UID, uids[1])
+		}
+	}
 	s := parse(t, "workloads:\n"+entry(pod, ", networkMode: HostNetwork"))
 	if w := s.WorkloadAt("", ip("10.0.0.1")); w != nil {
 		t.Errorf("found by its node's address: %+v", w)
@@ -200,5 +207,21 @@ policies:
 	}
 	if len(s.Warnings()) != 3 {
 		t.Errorf("warnings: %q", s.Warnings())
+	}
+}
+
+// What is dumped has an order.
+func TestSorted(t *testing.T) {
+	s := parse(t, services([3]string{"b", "x", ""}, [3]string{"a", "y", ""}, [3]string{"a", "x", ""})+
+		"policies:\n"+policyOf("q", "Global", "Deny", "[]")+policyOf("p", "Global", "Deny", "[]"))
+	var got []string
+	for _, svc := range s.Services() {
+		got = append(got, svc.Key().String())
+	}
+	for _, p := range s.Policies() {
+		got = append(got, p.Key())
+	}
+	if g, want := strings.Join(got, " "), "x/a y/a x/b demo/p demo/q"; g != want {
+		t.Errorf("%s; want %s", g, want)
 	}
 }

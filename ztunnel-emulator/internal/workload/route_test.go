@@ -29,6 +29,7 @@ workloads:
    waypoint: {destination: /10.1.0.9, hboneMtlsPort: 15008}}
 - {uid: host, name: host, namespace: demo, serviceAccount: host, trustDomain: td, networkMode: HostNetwork, workloadIps: [10.9.0.1], services: {demo/host: {80: 8080}}}
 - {uid: dual, name: dual, namespace: demo, serviceAccount: dual, trustDomain: td, workloadIps: [10.0.0.20, "fd00::20", 10.0.0.21], protocol: HBONE, services: {demo/dual: {80: 8080}, demo/dual6: {80: 8080}, demo/dual4: {80: 8080}}}
+- {uid: nowhere, name: nowhere, namespace: demo, hostname: '', workloadIps: ["fd00::30"], services: {}}
 - {uid: tcp, name: tcp, namespace: demo, trustDomain: td, workloadIps: [10.0.0.23], services: {}}
 - {uid: named, name: named, namespace: demo, trustDomain: td, hostname: named.example, workloadIps: [], protocol: HBONE, services: {demo/named: {80: 8080}}}
 - {uid: remote, name: remote, namespace: demo, trustDomain: td, network: far, workloadIps: [], protocol: HBONE, services: {demo/remote: {80: 8080}}, networkGateway: {destination: far/10.8.0.1, hboneMtlsPort: 15008}}
@@ -64,6 +65,8 @@ services:
 - {name: no-waypoint, namespace: demo, hostname: no-waypoint, vips: [/10.1.0.20], ports: {80: 80}, waypoint: {destination: demo/empty, hboneMtlsPort: 80}}
 - {name: sandwich, namespace: demo, hostname: sandwich, vips: [/10.1.0.21], ports: {}}
 - {name: in-sandwich, namespace: demo, hostname: in-sandwich, vips: [/10.1.0.22], ports: {80: 80}, waypoint: {destination: /10.1.0.21, hboneMtlsPort: 15008}}
+- {name: to-nowhere, namespace: demo, hostname: to-nowhere, vips: [/10.1.0.24], ports: {80: 80}, waypoint: {destination: demo/only4, hboneMtlsPort: 80}}
+- {name: only4, namespace: demo, hostname: only4, vips: [], ports: {80: 80}, ipFamilies: IPv4, endpoints: {nowhere: {workloadUid: nowhere, port: {}}}}
 - {name: hidden, namespace: prod, hostname: hidden, vips: [/10.1.0.23], ports: {80: 80}, visibility: Namespace}
 - {name: gw, namespace: demo, hostname: gw, vips: [], ports: {15009: 15008}, endpoints: {gw: {workloadUid: gw, port: {15009: 15008}}}}
 - {name: shadow, namespace: demo, hostname: shadow, vips: [/10.0.0.4], ports: {80: 80}}
@@ -110,6 +113,8 @@ func TestRoute(t *testing.T) {
 		{"A: no port, but an application tunnel", "10.1.0.22:80", "HBONE 10.0.9.2:15008 for 10.1.0.22:80 at sandwich of in-sandwich as waypoint"},
 		{"A: a waypoint without endpoints", "10.1.0.20:80", "error: unknown waypoint: waypoint demo/empty not found"},
 		{"A': a waypoint on another network", "10.1.0.19:80", `error: double HBONE is not built yet: far-waypointed:80 on the network "far", through its gateway 10.8.0.1:15008`},
+
+		{"A: a waypoint of a family that its service forbids", "10.1.0.24:80", "error: no valid routing destination for workload: nowhere"},
 
 		{"C: no endpoints", "10.1.0.6:80", "error: no healthy upstream: 10.1.0.6:80"},
 		{"C: no such port", "10.1.0.1:81", "error: no healthy upstream: 10.1.0.1:81"},
