@@ -2,7 +2,6 @@ package workload
 
 import (
 	"fmt"
-	"net/http"
 	"net/netip"
 )
 
@@ -33,12 +32,18 @@ func (e *InboundError) Error() string { return e.Text }
 // Recursive is what the real one calls a connection to one of its own ports.
 const Recursive = "attempted recursive call to ourselves"
 
+// The statuses, without package net/http, which is large.
+const (
+	statusBadRequest  = 400
+	statusUnavailable = 503
+)
+
 func badRequest(format string, args ...any) error {
-	return &InboundError{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+	return &InboundError{statusBadRequest, fmt.Sprintf(format, args...)}
 }
 
 func unavailable(format string, args ...any) error {
-	return &InboundError{http.StatusServiceUnavailable, fmt.Sprintf(format, args...)}
+	return &InboundError{statusUnavailable, fmt.Sprintf(format, args...)}
 }
 
 // InboundTarget decides where a CONNECT for such an authority ends, which came to
