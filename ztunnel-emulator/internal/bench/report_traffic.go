@@ -42,6 +42,11 @@ func measures() []measure {
 			of: func(r trafficRound) float64 { return r.conns },
 		},
 		measure{
+			what: "new connections that failed", format: "%g", base: true,
+			of:    func(r trafficRound) float64 { return r.failed },
+			apart: noFailure,
+		},
+		measure{
 			what: "CPU of what relays, s/GiB", format: "%.2f",
 			of: func(r trafficRound) float64 { return r.cpu },
 		},
@@ -55,6 +60,10 @@ func measures() []measure {
 			of:    func(r trafficRound) float64 { return r.idle.files },
 			apart: idleDescriptors,
 		})
+}
+
+func noFailure(_ comparison, each []float64) (aim, met string) {
+	return "0", verdict(quantile(each, 1) == 0)
 }
 
 func idleMemory(_ comparison, each []float64) (aim, met string) {
@@ -104,7 +113,9 @@ func (c comparison) rows(rounds map[string][]trafficRound) [][]string {
 			ratios = append(ratios, ours[i]/floor[i])
 		}
 		if len(ratios) > 0 {
-			row[4] = spread("%.2f", ratios)
+			if quantile(floor, 0) > 0 {
+				row[4] = spread("%.2f", ratios)
+			}
 			if m.aim != nil {
 				row[5], row[6] = ratioVerdict(m, m.aim(c), quantile(ratios, 0.5))
 			}

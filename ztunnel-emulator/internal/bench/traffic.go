@@ -69,6 +69,7 @@ type trafficRound struct {
 	cpu        float64               // of what relays, seconds a GiB
 	trips      float64               // round trips a second
 	conns      float64               // new connections a second
+	failed     float64               // of them, in all
 	idle       held
 }
 
@@ -84,43 +85,20 @@ func runTraffic(ctx context.Context, o options) (table string, err error) {
 	if b.self, err = os.Executable(); err != nil {
 		return "", err
 	}
-	note("make two nodes with a pod each")
-	if out, err := exec.CommandContext(ctx, o.traffic.world, "up", "--nodes", "2", "--pods", "1").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%s: %w: %s", o.traffic.world, err, out)
-	}
-	server, err := b.start(ctx, serverSide.pod(), "server", b.self, "server")
-	if err != nil {
-		return "", err
-	}
-	rounds, err := b.allRounds(ctx, server)
-	if err := errors.Join(err, server.stop()); err != nil {
-		return "", err
-	}
-	if out, err := exec.CommandContext(ctx, o.traffic.world, "down").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%s: %w: %s", o.traffic.world, err, out)
-	}
-	return trafficTable(o.traffic, rounds), nil
-}
-
-// allRounds returns the rounds of each variant by its name.
-func (b *bed) allRounds(ctx context.Context, server *process) (map[string][]trafficRound, error) {
-	if _, err := server.await("serving"); err != nil {
-		return nil, err
-	}
 	chosen := b.chosen()
 	rounds := make(map[string][]trafficRound)
 	for i := range b.traffic.rounds {
-		note("traffic, round %d of %d", i+1, b.traffic.rounds)
+		note("relay, round %d of %d", i+1, b.traffic.rounds)
 		for j := range chosen {
 			v := chosen[(i+j)%len(chosen)] // nobody is always the one who comes after the other
 			r, err := b.round(ctx, v)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", v.name, err)
+				return "", fmt.Errorf("%s: %w", v.name, err)
 			}
 			rounds[v.name] = append(rounds[v.name], r)
 		}
 	}
-	return rounds, nil
+	return trafficTable(o.traffic, rounds), nil
 }
 
 // round measures a variant with fresh processes: two times, because what carried
@@ -133,11 +111,24 @@ func (b *bed) round(ctx context.Context, v variant) (r trafficRound, err error) 
 	return r, err
 }
 
-// standing sets a variant up, calls f, and takes it down.
-func (b *bed) standing(ctx context.Context, v variant, f func(relays []*process) error) error {
+// standing sets a variant up in a fresh world, calls f, and takes all down. In a
+// world that was used before, connection tracking knows ports from another time
+// and treats who has them next as it did then.
+func (b *bed) standing(ctx context.Context, v variant, f func(relays []*process) error) (err error) {
+	if err := b.world(ctx, "up", "--nodes", "2", "--pods", "1"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.world(context.Background(), "down")) }()
+	server, err := b.start(ctx, serverSide.pod(), "server", b.self, "server")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, server.stop()) }()
+	if _, err := server.await("serving"); err != nil {
+		return err
+	}
 	var up []*standing
 	var relays []*process
-	var err error
 	for _, s := range v.sides {
 		var st *standing
 		if st, err = v.start(ctx, b, s); err != nil {
@@ -153,6 +144,14 @@ func (b *bed) standing(ctx context.Context, v variant, f func(relays []*process)
 		err = errors.Join(err, st.stop())
 	}
 	return err
+}
+
+func (b *bed) world(ctx context.Context, args ...string) error {
+	out, err := exec.CommandContext(ctx, b.traffic.world, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s %s: %w: %s", b.traffic.world, args[0], err, out)
+	}
+	return nil
 }
 
 // carry measures everything that moves.
@@ -184,7 +183,7 @@ func (b *bed) carry(ctx context.Context, r *trafficRound, relays []*process) err
 	if err != nil {
 		return err
 	}
-	r.conns = got.Count / got.Seconds
+	r.conns, r.failed = got.Count/got.Seconds, got.Failed
 	return nil
 }
 

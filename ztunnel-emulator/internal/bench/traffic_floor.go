@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -21,7 +22,7 @@ type floorRelay struct {
 	epoll     int
 	listeners map[int]uint16 // descriptor to port
 	ends      []*floorEnd    // by descriptor
-	port      int            // the last that bind has tried
+	port      int            // the last that connect has tried
 }
 
 // floorEnd is one of a connection's two ends, and the direction away from it.
@@ -127,27 +128,11 @@ func (f *floorRelay) accept(l int, port uint16) error {
 	if err != nil {
 		return err
 	}
-	onward, err := marked(unix.AF_INET)
+	onward, err := f.connect(fd, port, dst)
 	if err != nil {
 		return err
 	}
-	if port == proxy.PortInboundPassthrough {
-		peer, err := unix.Getpeername(fd)
-		if err != nil {
-			return os.NewSyscallError("getpeername", err)
-		}
-		unix.SetsockoptInt(onward, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
-		unix.SetsockoptInt(onward, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
-		if err := f.bind(onward, proxy.AddrPort(peer).Addr().As4()); err != nil {
-			return err
-		}
-	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	unix.SetsockoptInt(onward, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	err = unix.Connect(onward, &unix.SockaddrInet4{Addr: dst.Addr().As4(), Port: int(dst.Port())})
-	if err != nil && err != unix.EINPROGRESS {
-		return os.NewSyscallError("connect", err)
-	}
 	a, b := &floorEnd{fd: fd}, &floorEnd{fd: onward, connecting: true}
 	a.other, b.other = b, a
 	for _, e := range []*floorEnd{a, b} {
@@ -167,18 +152,43 @@ func (f *floorRelay) accept(l int, port uint16) error {
 		unix.EpollCtl(f.epoll, unix.EPOLL_CTL_ADD, b.fd, &unix.EpollEvent{Events: b.interest, Fd: int32(b.fd)}))
 }
 
-// bind gives a socket the client's address, and a port that no client has: where
-// both are the client's own, connection tracking takes it for the client's.
-func (f *floorRelay) bind(fd int, addr [4]byte) error {
-	const first, ports = 1024, 30000
-	for range ports {
-		f.port = (f.port + 1) % ports
-		err := unix.Bind(fd, &unix.SockaddrInet4{Addr: addr, Port: first + f.port})
-		if err != unix.EADDRINUSE {
-			return os.NewSyscallError("bind", err)
+// connect begins a connection to dst, inbound by the address of the client at fd.
+func (f *floorRelay) connect(fd int, port uint16, dst netip.AddrPort) (int, error) {
+	to := &unix.SockaddrInet4{Addr: dst.Addr().As4(), Port: int(dst.Port())}
+	var from *unix.SockaddrInet4
+	if port == proxy.PortInboundPassthrough {
+		peer, err := unix.Getpeername(fd)
+		if err != nil {
+			return -1, os.NewSyscallError("getpeername", err)
+		}
+		from = &unix.SockaddrInet4{Addr: proxy.AddrPort(peer).Addr().As4()}
+	}
+	for {
+		onward, err := marked(unix.AF_INET)
+		if err != nil {
+			return -1, err
+		}
+		unix.SetsockoptInt(onward, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+		if from != nil {
+			unix.SetsockoptInt(onward, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+			unix.SetsockoptInt(onward, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+			// A port that no client has: where that is the client's own, too, connection
+			// tracking takes ours for the client's.
+			f.port = (f.port + 1) % 30000
+			from.Port = 1024 + f.port
+			err = unix.Bind(onward, from)
+		}
+		if err == nil {
+			err = unix.Connect(onward, to)
+		}
+		if err == nil || err == unix.EINPROGRESS {
+			return onward, nil
+		}
+		unix.Close(onward)
+		if from == nil || err != unix.EADDRINUSE && err != unix.EADDRNOTAVAIL {
+			return -1, os.NewSyscallError("connect", err)
 		}
 	}
-	return errors.New("no port is free")
 }
 
 // serve does what an end is ready for.

@@ -94,6 +94,9 @@ func startZtunnel(ctx context.Context, b *bed, s side) (_ *standing, err error) 
 		return nil, err
 	}
 	st.undo = append(st.undo, st.relay.stop)
+	if _, err := agent.await("snapshot sent"); err != nil {
+		return nil, err
+	}
 	if err := b.command(ctx, s.node(), b.cni, "add", s.pod(), "--netns", pathOf(s.pod()), "--control-uds", control).Run(); err != nil {
 		return nil, fmt.Errorf("add %s: %w", s.pod(), err)
 	}
