@@ -3,8 +3,10 @@ package proxy
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -92,17 +94,7 @@ func (p *Pod) socket(addr netip.Addr, kind int) (fd int, err error) {
 // and can cut it. The caller owns the connection.
 func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error) {
 	deadline := time.Now().Add(p.connectTime())
-	fd, err := p.lastingSocket(dst.Addr())
-	if err != nil {
-		return Conn{}, err
-	}
-	// A pod that calls itself through ztunnel: its own address is the right one.
-	if src.IsValid() && src != dst.Addr() && src.Is4() == dst.Addr().Is4() {
-		if err := spoof(fd, src); err != nil {
-			p.config.Log.Warn("the application will see ztunnel's address", "src", src, "error", err)
-		}
-	}
-	c, connected, err := startConnect(fd, dst)
+	c, connected, err := p.start(dst, src)
 	if err != nil {
 		return Conn{}, err
 	}
@@ -126,6 +118,28 @@ func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error)
 		return Conn{}, err
 	}
 	return c, nil
+}
+
+// start begins to connect, from src if that is set.
+func (p *Pod) start(dst netip.AddrPort, src netip.Addr) (c Conn, connected bool, err error) {
+	// A pod that calls itself through ztunnel: its own address is the right one.
+	spoofed := src.IsValid() && src != dst.Addr() && src.Is4() == dst.Addr().Is4()
+	for try := 1; ; try++ {
+		fd, err := p.lastingSocket(dst.Addr())
+		if err != nil {
+			return Conn{}, false, err
+		}
+		if spoofed {
+			if err := spoof(fd, src); err != nil {
+				p.config.Log.Warn("the application will see ztunnel's address", "src", src, "error", err)
+			}
+		}
+		c, connected, err = startConnect(fd, dst)
+		if spoofed && errors.Is(err, unix.EADDRNOTAVAIL) && try < tries {
+			continue // this port calls dst already, or did so a minute ago
+		}
+		return c, connected, err
+	}
 }
 
 // lastingSocket makes a socket in the pod for a connection that may last.
@@ -170,21 +184,36 @@ func (p *Pod) connectTime() time.Duration {
 	return ConnectTimeout
 }
 
-// lowPorts is a range of ports for spoofed sources, below the one that clients
-// take theirs from (ip_local_port_range, 32768 and up): see spoof.
-const lowPorts = 32767<<16 | 1024
+// The ports of spoofed sources: below those that clients take theirs from
+// (ip_local_port_range, 32768 and up), and above most that an application listens
+// at. See spoof.
+const (
+	firstSpoofed = 1 << 14
+	manySpoofed  = 1 << 14
+)
 
-// ipLocalPortRange is IP_LOCAL_PORT_RANGE of ip(7), Linux 6.3.
-const ipLocalPortRange = 51
+// tries is how many ports are tried.
+const tries = 16
+
+// lastSpoofed goes round, so that a port comes back as late as can be. It starts
+// anywhere, because those of the ztunnel before may still be known in the pods.
+var lastSpoofed = func() *atomic.Uint32 {
+	n := new(atomic.Uint32)
+	n.Store(rand.Uint32())
+	return n
+}()
 
 // spoof binds a socket to an address that is somebody else's: the application
 // shall see who calls (IP_TRANSPARENT, ip(7)).
 //
 // The port matters. The pod's connection tracking knows the client's own
 // connection as CLIENT:port -> POD:port, redirected to us. If ours had the same
-// port the kernel would take it for that one, and it would come back to us instead
-// of reaching the application. With a few thousand clients behind one address that
-// would happen all the time, so ours comes from a range that clients do not use.
+// port the kernel would take it for that one: our packets would come back to us
+// instead of reaching the application, or the client's would reach it in the midst
+// of ours. With a few thousand clients behind one address that would happen all
+// the time, so ours comes from a range that clients do not use. The kernel would
+// not choose from it, not even when told to (IP_LOCAL_PORT_RANGE is only heeded
+// within the namespace's own range), so we do.
 func spoof(fd int, src netip.Addr) error {
 	level, transparent, free := unix.SOL_IP, unix.IP_TRANSPARENT, unix.IP_FREEBIND
 	if src.Is6() {
@@ -196,12 +225,20 @@ func spoof(fd int, src netip.Addr) error {
 	if err := unix.SetsockoptInt(fd, level, free, 1); err != nil {
 		return os.NewSyscallError("setsockopt IP_FREEBIND", err)
 	}
-	// Both make the choice better and none is needed: an older kernel does without.
-	unix.SetsockoptInt(fd, unix.SOL_IP, ipLocalPortRange, lowPorts)
-	// The port is chosen at connect, when the destination is known: one port serves
-	// for many destinations.
-	unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
-	return os.NewSyscallError("bind", unix.Bind(fd, sockaddr(netip.AddrPortFrom(src, 0))))
+	// One port serves for many destinations, and does not keep the application
+	// from listening at it.
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+	}
+	var err error
+	for range tries {
+		port := uint16(firstSpoofed + lastSpoofed.Add(1)%manySpoofed)
+		err = unix.Bind(fd, sockaddr(netip.AddrPortFrom(src, port)))
+		if err != unix.EADDRINUSE {
+			break
+		}
+	}
+	return os.NewSyscallError("bind", err)
 }
 
 // startConnect begins to connect the socket, which it takes over. Within one
