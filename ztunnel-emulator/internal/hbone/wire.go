@@ -170,12 +170,6 @@ func (w *wire) flushLocked() error {
 // is only collected here.
 func (w *wire) SetWriteDeadline(time.Time) error { return nil }
 
-// buffered is how much waits to be flushed.
-func (w *wire) buffered() int {
-	w.wmu.Lock()
-	defer w.wmu.Unlock()
-	return w.n
-}
 
 // collect ends the time of the handshake: from now on Read does not wait and
 // Write collects.

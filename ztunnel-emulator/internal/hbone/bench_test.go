@@ -1,0 +1,349 @@
+package hbone
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The benchmarks measure the tunnel against the limit, in the same run: a relay
+// on crypto/tls with a connection and a handshake for each application's
+// connection. Both have the same topology over loopback:
+//
+//	application - relay - TLS - relay - application
+
+// route is one way from applications to the application's server.
+type route struct {
+	addr string // where applications connect
+}
+
+// worldOf starts an application's server that serve answers, and both routes to it.
+func worldOf(b *testing.B, cfg Config, serve func(net.Conn)) (bare, ours route) {
+	app := listen(b, func(c *net.TCPConn) { serve(c) })
+	return bareRoute(b, app), tunnelRoute(b, cfg, app)
+}
+
+// listen calls serve for each connection, until the benchmark's end.
+func listen(b *testing.B, serve func(*net.TCPConn)) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go serve(c.(*net.TCPConn))
+		}
+	}()
+	return l.Addr().String()
+}
+
+func bareRoute(b *testing.B, app string) route {
+	clientTLS, serverTLS := tlsConfigs()
+	far := listen(b, func(raw *net.TCPConn) {
+		t := tls.Server(raw, serverTLS)
+		defer t.Close()
+		if t.Handshake() != nil {
+			return
+		}
+		c, err := net.Dial("tcp", app)
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		copyBoth(c.(*net.TCPConn), t)
+	})
+	return route{listen(b, func(c *net.TCPConn) {
+		defer c.Close()
+		raw, err := net.Dial("tcp", far)
+		if err != nil {
+			return
+		}
+		t := tls.Client(raw, clientTLS)
+		defer t.Close()
+		copyBoth(c, t)
+	})}
+}
+
+func copyBoth(c *net.TCPConn, t *tls.Conn) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		io.Copy(c, t)
+		c.CloseWrite()
+	}()
+	io.Copy(t, c)
+	t.CloseWrite()
+	<-done
+}
+
+func tunnelRoute(b *testing.B, cfg Config, app string) route {
+	to, err := net.ResolveTCPAddr("tcp", app)
+	if err != nil {
+		b.Fatal(err)
+	}
+	s := newSite(b, cfg, func(r *Request) {
+		f, err := dialFile(to)
+		if err != nil {
+			r.Respond(503)
+			return
+		}
+		defer f.Close()
+		if s, err := r.Respond(200); err == nil {
+			s.Relay(f)
+		}
+	})
+	p := NewPool(cfg)
+	b.Cleanup(p.Close)
+	return route{listenFiles(b, func(f *os.File) {
+		defer f.Close()
+		s, _, err := p.Open(context.Background(), Key{}, s.dial, "192.0.2.1:80",
+			RequestHeaders("k8s.namespace.name=default", `for="192.0.2.1:1"`, NewTraceparent(), ""))
+		if err == nil {
+			s.Relay(f)
+		}
+	})}
+}
+
+// listenFiles is listen as the proxy does it: sockets, not net.Conns.
+func listenFiles(b *testing.B, serve func(*os.File)) string {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	l := os.NewFile(uintptr(fd), "listener")
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		b.Fatal(err)
+	}
+	if err := unix.Listen(fd, 1024); err != nil {
+		b.Fatal(err)
+	}
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		b.Fatal(err)
+	}
+	raw, err := l.SyscallConn()
+	if err != nil {
+		b.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			fd := -1
+			var aerr error
+			err := raw.Read(func(lfd uintptr) bool {
+				fd, _, aerr = unix.Accept4(int(lfd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+				return aerr != unix.EAGAIN
+			})
+			if err != nil || aerr != nil {
+				return
+			}
+			unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+			go serve(os.NewFile(uintptr(fd), "app"))
+		}
+	}()
+	b.Cleanup(func() { l.Close(); <-done })
+	return fmt.Sprintf("127.0.0.1:%d", sa.(*unix.SockaddrInet4).Port)
+}
+
+// dialFile connects a plain socket.
+func dialFile(to *net.TCPAddr) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	sa := &unix.SockaddrInet4{Port: to.Port}
+	copy(sa.Addr[:], to.IP.To4())
+	err = unix.Connect(fd, sa)
+	f := os.NewFile(uintptr(fd), "app")
+	if err != nil && err != unix.EINPROGRESS {
+		f.Close()
+		return nil, err
+	}
+	raw, rerr := f.SyscallConn()
+	if rerr != nil {
+		f.Close()
+		return nil, rerr
+	}
+	asked := false
+	rerr = raw.Write(func(fd uintptr) bool {
+		if err == nil || asked {
+			n, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+			if n != 0 {
+				rerr = syscall.Errno(n)
+			}
+			return true
+		}
+		asked = true
+		return false
+	})
+	if rerr != nil {
+		f.Close()
+		return nil, rerr
+	}
+	return f, nil
+}
+
+// compare runs both ways in turn, and reports their times and the ratio.
+func compare(b *testing.B, bare, ours func() time.Duration, unit string, value func(time.Duration) float64) {
+	bare()
+	ours()
+	var tb, to time.Duration
+	n := 0
+	for b.Loop() {
+		tb += bare()
+		to += ours()
+		n++
+	}
+	vb, vo := value(tb/time.Duration(n)), value(to/time.Duration(n))
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(vb, "bare-"+unit)
+	b.ReportMetric(vo, "ours-"+unit)
+	b.ReportMetric(vo/vb, "ours/bare")
+}
+
+func BenchmarkThroughput(b *testing.B) {
+	const total = 512 << 20
+	for _, streams := range []int{1, 2, 8} {
+		b.Run(map[int]string{1: "1 stream", 2: "2 streams", 8: "8 streams"}[streams], func(b *testing.B) {
+			run := func(r route) func() time.Duration {
+				return func() time.Duration { return send1(b, r, streams, total/streams) }
+			}
+			bare, ours := worldOf(b, DefaultConfig(), func(c net.Conn) {
+				io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 128<<10))
+				c.Write([]byte{1})
+				c.Close()
+			})
+			compare(b, run(bare), run(ours), "MB/s", func(d time.Duration) float64 { return total / 1e6 / d.Seconds() })
+		})
+	}
+}
+
+// send1 sends size bytes on each of some connections, and waits until all have arrived.
+func send1(b *testing.B, r route, streams, size int) time.Duration {
+	conns := make([]net.Conn, streams)
+	for i := range conns {
+		c, err := net.Dial("tcp", r.addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		conns[i] = c
+	}
+	start := time.Now()
+	var w sync.WaitGroup
+	for _, c := range conns {
+		w.Add(1)
+		go func() {
+			defer w.Done()
+			buf := make([]byte, 128<<10)
+			for left := size; left > 0; left -= len(buf) {
+				if _, err := c.Write(buf); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+			c.(*net.TCPConn).CloseWrite()
+			if _, err := io.ReadFull(c, buf[:1]); err != nil {
+				b.Error(err)
+			}
+		}()
+	}
+	w.Wait()
+	d := time.Since(start)
+	for _, c := range conns {
+		c.Close()
+	}
+	return d
+}
+
+func BenchmarkLatency(b *testing.B) {
+	const rounds = 5000
+	bare, ours := worldOf(b, DefaultConfig(), func(c net.Conn) {
+		defer c.Close()
+		buf := make([]byte, 1024)
+		for {
+			if _, err := io.ReadFull(c, buf); err != nil {
+				return
+			}
+			if _, err := c.Write(buf); err != nil {
+				return
+			}
+		}
+	})
+	run := func(r route) func() time.Duration {
+		c, err := net.Dial("tcp", r.addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { c.Close() })
+		return func() time.Duration {
+			buf := make([]byte, 1024)
+			start := time.Now()
+			for range rounds {
+				if _, err := c.Write(buf); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := io.ReadFull(c, buf); err != nil {
+					b.Fatal(err)
+				}
+			}
+			return time.Since(start)
+		}
+	}
+	compare(b, run(bare), run(ours), "µs", func(d time.Duration) float64 { return d.Seconds() * 1e6 / rounds })
+}
+
+func BenchmarkConnections(b *testing.B) {
+	const conns, workers = 1000, 8
+	bare, ours := worldOf(b, DefaultConfig(), func(c net.Conn) {
+		defer c.Close()
+		var buf [1]byte
+		if _, err := io.ReadFull(c, buf[:]); err == nil {
+			c.Write(buf[:])
+		}
+		io.ReadFull(c, buf[:])
+	})
+	run := func(r route) func() time.Duration {
+		return func() time.Duration {
+			start := time.Now()
+			var w sync.WaitGroup
+			for range workers {
+				w.Add(1)
+				go func() {
+					defer w.Done()
+					for range conns / workers {
+						c, err := net.Dial("tcp", r.addr)
+						if err != nil {
+							b.Error(err)
+							return
+						}
+						buf := []byte{1}
+						c.Write(buf)
+						if _, err := io.ReadFull(c, buf); err != nil {
+							b.Error(err)
+						}
+						c.Close()
+					}
+				}()
+			}
+			w.Wait()
+			return time.Since(start)
+		}
+	}
+	compare(b, run(bare), run(ours), "conns/s", func(d time.Duration) float64 { return conns / d.Seconds() })
+}
