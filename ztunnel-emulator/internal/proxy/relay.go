@@ -14,9 +14,13 @@ import (
 )
 
 // spliceAfter is how many bytes a direction copies through user space before it
-// is worth a pipe. A short exchange is faster with plain reads; a long one with
-// splice(2), where the bytes stay in the kernel.
+// may be worth a pipe. Small pieces are faster with plain reads, however many
+// there are; large ones with splice(2), where the bytes stay in the kernel.
 const spliceAfter = 128 << 10
+
+// bufferSize is what one plain read takes at the most. One that takes so much
+// has met a large piece.
+const bufferSize = 32 << 10
 
 // Conn is a connection that the runtime's poller watches: an os.File made of a
 // non-blocking socket. It owns its descriptor.
@@ -124,19 +128,23 @@ func relayOne(from, to Conn, n *int64) error {
 // abort wakes whoever waits at c.
 func abort(c Conn) { c.SetDeadline(past) }
 
-// copyBytes moves bytes until EOF, first through user space and then by splice.
+// copyBytes moves bytes until EOF, now in one way and now in the other.
 func copyBytes(from, to Conn, n *int64) error {
-	ended, err := plainBytes(from, to, n, spliceAfter)
-	if ended || err != nil {
-		return err
+	for {
+		ended, err := plainBytes(from, to, n, spliceAfter)
+		if !ended && err == nil {
+			ended, err = spliceBytes(from, to, n)
+		}
+		if ended || err != nil {
+			return err
+		}
 	}
-	return spliceBytes(from, to, n)
 }
 
-// plainBytes copies through user space until EOF, or until most bytes in all
-// have been moved.
-func plainBytes(from, to Conn, n *int64, most int64) (ended bool, err error) {
-	for *n < most {
+// plainBytes copies through user space until EOF, or until a large piece comes
+// and so many bytes in all have been moved.
+func plainBytes(from, to Conn, n *int64, after int64) (ended bool, err error) {
+	for {
 		m, err := copyOnce(from, to)
 		*n += int64(m)
 		if err == io.EOF {
@@ -145,12 +153,14 @@ func plainBytes(from, to Conn, n *int64, most int64) (ended bool, err error) {
 		if err != nil {
 			return false, err
 		}
+		if m == bufferSize && *n >= after {
+			return false, nil
+		}
 	}
-	return false, nil
 }
 
 // buffers are lent for one read and the writes after it.
-var buffers = sync.Pool{New: func() any { b := make([]byte, 32<<10); return &b }}
+var buffers = sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }}
 
 // copyOnce waits until there is something to read, takes a buffer, and moves
 // what there is.

@@ -49,7 +49,7 @@ func startRelay(t *testing.T) *relayed {
 }
 
 // tcpPair is a connection over loopback: one end for the test, one for the relay.
-func tcpPair(t *testing.T) (*net.TCPConn, Conn) {
+func tcpPair(t testing.TB) (*net.TCPConn, Conn) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -64,8 +64,16 @@ func tcpPair(t *testing.T) (*net.TCPConn, Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer theirs.Close()
-	f, err := theirs.(*net.TCPConn).File()
+	ours.SetDeadline(time.Now().Add(30 * time.Second))
+	t.Cleanup(func() { ours.Close() })
+	return ours.(*net.TCPConn), NewConn(detach(t, theirs))
+}
+
+// detach takes the descriptor of a connection, as accept4(2) would have given it.
+func detach(t testing.TB, c net.Conn) int {
+	t.Helper()
+	defer c.Close()
+	f, err := c.(*net.TCPConn).File()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,9 +85,7 @@ func tcpPair(t *testing.T) (*net.TCPConn, Conn) {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		t.Fatal(err)
 	}
-	ours.SetDeadline(time.Now().Add(30 * time.Second))
-	t.Cleanup(func() { ours.Close() })
-	return ours.(*net.TCPConn), NewConn(fd)
+	return fd
 }
 
 // wait returns what became of the relay.

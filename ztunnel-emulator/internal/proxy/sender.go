@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 
 	"golang.org/x/sys/unix"
@@ -58,12 +59,9 @@ func (p *Pod) send(l *line, fd int, own *workload.Workload, route workload.Route
 		err = p.tunnelled(s, stream)
 	}
 	if err != nil {
-		if cause := s.cause.Load(); cause != nil {
-			err = *cause
-		}
 		s.accepted.reset()
 		p.forget(s)
-		l.complete(Counts{}, tunnelError(err))
+		l.complete(Counts{}, tunnelError(s.why(err)))
 		return
 	}
 	p.wg.Add(1)
@@ -79,8 +77,8 @@ func (p *Pod) relaySent(l *line, s *session) {
 
 // streamed is the end of a stream and of the connection app that it was relayed to.
 func (p *Pod) streamed(l *line, s *session, app Conn, c Counts, err error) {
-	if cause := s.cause.Load(); cause != nil {
-		err = *cause
+	err = s.why(err)
+	if s.cause.Load() != nil {
 		app.reset()
 	} else {
 		closeAfter(app, err)
@@ -137,11 +135,18 @@ func tunnelError(err error) error {
 		return errDrained
 	case errors.As(err, &timeout), errors.As(err, &status):
 		return err
-	case errors.As(err, &handshake):
+	case errors.As(err, &handshake), saidByTLS(err):
 		return fmt.Errorf("io error: %w", err)
 	}
 	if errno := unix.Errno(0); errors.As(err, &errno) {
 		return fmt.Errorf("io error: %s", osError(err))
 	}
 	return err
+}
+
+// saidByTLS tells an alert of the peer. A TLS 1.3 client is done before the server
+// has judged its certificate: a refusal comes after the handshake.
+func saidByTLS(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "remote error"
 }

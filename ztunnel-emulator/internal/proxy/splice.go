@@ -65,18 +65,25 @@ func (p pipe) close() {
 
 const spliceFlags = unix.SPLICE_F_MOVE | unix.SPLICE_F_NONBLOCK
 
-// spliceBytes moves bytes until EOF. It holds a pipe from the moment there is
-// something to read until all of that is written.
-func spliceBytes(from, to Conn, n *int64) error {
+// A piece below smallPiece is worth no pipe, and so many of them in a row are
+// not a large transfer that has had to wait.
+const (
+	smallPiece  = bufferSize / 2
+	smallInARow = 8
+)
+
+// spliceBytes moves bytes until EOF, or until they come in small pieces. It holds
+// a pipe from the moment there is something to read until all of that is written.
+func spliceBytes(from, to Conn, n *int64) (ended bool, err error) {
 	src, err := from.SyscallConn()
 	if err != nil {
-		return err
+		return false, err
 	}
 	dst, err := to.SyscallConn()
 	if err != nil {
-		return err
+		return false, err
 	}
-	for {
+	for small := 0; small < smallInARow; {
 		var p pipe
 		var held bool
 		var m int
@@ -104,17 +111,16 @@ func spliceBytes(from, to Conn, n *int64) error {
 			if held {
 				putPipe(p)
 			}
-			return err
+			return false, err
 		case serr != nil && !held:
 			// No descriptor for a pipe: user space does as well.
-			_, err := plainBytes(from, to, n, math.MaxInt64)
-			return err
+			return plainBytes(from, to, n, math.MaxInt64)
 		case serr != nil:
 			putPipe(p)
-			return &CopyError{Op: "receive", Err: serr}
+			return false, &CopyError{Op: "receive", Err: serr}
 		case m == 0:
 			putPipe(p)
-			return nil
+			return true, nil
 		}
 
 		for left := m; left > 0; {
@@ -131,11 +137,16 @@ func spliceBytes(from, to Conn, n *int64) error {
 			}
 			if err != nil {
 				p.close() // it is not empty, so it is of no more use
-				return err
+				return false, err
 			}
 			left -= w
 			*n += int64(w)
 		}
 		putPipe(p)
+		small++
+		if m >= smallPiece {
+			small = 0
+		}
 	}
+	return false, nil
 }

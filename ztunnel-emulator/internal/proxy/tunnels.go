@@ -90,10 +90,23 @@ var errRevoked = errors.New("connection closed: peer certificate revoked by CRL"
 func (p *Pod) revoke(crl *identity.CRL) {
 	for _, t := range p.allTunnels() {
 		if crl.Revoked(t.ConnectionState().PeerCertificates) {
-			p.config.Log.Warn(errRevoked.Error(), "pod", p.String())
+			p.mesh().Log.Warn("a peer's certificate has been revoked: its tunnel ends", "pod", p.String())
 			t.Close()
 		}
 	}
+}
+
+// why is the reason for the end of a session's tunnel, given what its stream says.
+// A tunnel is only ever closed under its streams because the pod ends, which cuts
+// them first, or because of a revocation.
+func (s *session) why(err error) error {
+	if cause := s.cause.Load(); cause != nil {
+		return *cause
+	}
+	if errors.Is(err, hbone.ErrClosed) {
+		return errRevoked
+	}
+	return err
 }
 
 var errPolicyChange = errors.New("connection closed due to policy change")

@@ -1,0 +1,208 @@
+package mesh
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
+)
+
+const drained = "connection closed due to connection drain"
+
+// ztunnelShutdown: what runs goes on while ztunnel waits to end, and nothing new
+// comes in.
+func ztunnelShutdown(t *testing.T) {
+	m := newMesh(t)
+	client, server := m.pod(t, "client", local), m.pod(t, "server", local)
+	client.node.env = append(client.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	m.start(t)
+	server.echoTwice(t)
+	c := client.dial(t, server.at(8080))
+	talks(t, c)
+	client.node.zt.cmd.Process.Signal(unix.SIGTERM)
+	waitFor(t, "end of the listeners", func() bool {
+		late, err := client.connect(server.at(8080))
+		if err == nil {
+			late.Close()
+		}
+		return err != nil
+	})
+	talks(t, c)
+	began := time.Now()
+	c.Close()
+	<-client.node.zt.ended // and not after a minute
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("with the last connection gone, ztunnel took %v to end", took)
+	}
+	if late, err := client.connect(server.at(8080)); err == nil {
+		late.Close()
+		t.Error("connected while there is no ztunnel")
+	}
+}
+
+// serverShutdown: the server's pod is deleted. It takes the connection with it, and
+// who comes later gets nowhere.
+func serverShutdown(t *testing.T) {
+	m := newMesh(t)
+	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
+	m.start(t)
+	server.echoTwice(t)
+	c := client.dial(t, server.at(8080))
+	talks(t, c)
+	server.node.del(t, server)
+	breaks(t, c)
+	client.isRefused(t, server.at(8080)) // by the client's ztunnel, of course
+	_, in := direct(client, server)
+	in.err = drained
+	server.node.says(t, in)
+}
+
+// A pod that is deleted takes its tunnels with it at once, those it has made and
+// those others have made to it, and nothing of ours keeps its namespace.
+func TestPodDeletion(t *testing.T) {
+	m := newMesh(t)
+	client, gone, server := m.pod(t, "client", local), m.pod(t, "gone", remote), m.pod(t, "server", local)
+	m.start(t)
+	stop := gone.echoTwice(t)
+	server.echoTwice(t)
+	to, from := client.dial(t, gone.at(8080)), gone.dial(t, server.at(8080))
+	talks(t, to)
+	talks(t, from)
+	gone.node.del(t, gone)
+	breaks(t, to)
+	breaks(t, from)
+	_, in := direct(client, gone)
+	out, _ := direct(gone, server)
+	in.err, out.err = drained, drained
+	gone.node.says(t, in, out)
+	if got := gone.run(t, "ss", "-tnH", "sport = :15008 or dport = :15008"); got != "" {
+		t.Errorf("in the pod there is still\n%s", got)
+	}
+	from.Close()
+	stop()
+	m.freed(t, gone)
+}
+
+// SIGTERM on the server's side: who uses its tunnels is told to make no new streams
+// (GOAWAY), a stream that runs may end by itself, and then so does ztunnel.
+func TestDrainTellsSenders(t *testing.T) {
+	m := newMesh(t)
+	client, server := m.uncaptured(t, "client", local), m.pod(t, "server", remote)
+	server.node.env = append(server.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	m.start(t)
+	server.echoTwice(t)
+	n := client.dialTunnel(t, server)
+	if status, _ := n.connect(t, 1, server.at(8080).String()); status != "200" {
+		t.Fatalf("CONNECT is answered with %s", status)
+	}
+	server.node.zt.cmd.Process.Signal(unix.SIGTERM)
+	f, err := n.next()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g, ok := f.(*http2.GoAwayFrame); !ok || g.ErrCode != http2.ErrCodeNo || g.LastStreamID < 1 {
+		t.Fatalf("got %v in place of a GOAWAY", f)
+	}
+	for last := uint32(2); last != 1; { // announced first, then with the number
+		if f, err = n.next(); err != nil {
+			t.Fatal(err)
+		}
+		g, ok := f.(*http2.GoAwayFrame)
+		if !ok || g.ErrCode != http2.ErrCodeNo {
+			t.Fatalf("got %v in place of a GOAWAY", f)
+		}
+		last = g.LastStreamID
+	}
+	n.talks(t, 1)
+	<-server.node.zt.ended
+	_, in := direct(client, server)
+	server.node.says(t, in)
+}
+
+// The same with a ztunnel as the sender, and another one that takes the server's pod
+// over: the stream that runs is finished in the old tunnel, the next connection gets
+// a tunnel to the new ztunnel.
+func TestDrainMovesSenders(t *testing.T) {
+	m := newMesh(t)
+	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
+	server.node.env = append(server.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	m.start(t)
+	server.echoTwice(t)
+	c := client.dial(t, server.at(8080))
+	talks(t, c)
+
+	old := server.node.zt
+	heir := *server.node
+	heir.home = m.uncaptured(t, "heir", remote) // a network namespace of its own, for its port 15021
+	heir.startZtunnel(t)
+	t.Cleanup(func() { heir.zt.end(t, unix.SIGTERM) })
+	waitFor(t, "pod of the next ztunnel", func() bool { return strings.Contains(heir.zt.out.String(), "pod served") })
+	old.cmd.Process.Signal(unix.SIGTERM)
+	old.says(t, "\tdraining\t")
+	waitFor(t, "request by the next ztunnel", func() bool {
+		client.request(t, server.at(8080), hello+hello)
+		return len(heir.zt.lines()) > 0
+	})
+	talks(t, c)
+	c.Close()
+	<-old.ended
+	_, in := direct(client, server)
+	in.sent, in.recv = 44, 22
+	if got := server.node.line(t, " bytes_sent=44 "); got != in.String() {
+		t.Errorf("of the stream that ran it says\n%s\nwant\n%s", got, in)
+	}
+	client.request(t, server.at(8080), hello+hello)
+	for _, line := range append(client.node.zt.lines(), heir.zt.lines()...) {
+		// One ztunnel finds out whether there is another, by connections to itself.
+		if !strings.HasPrefix(line, "info ") && !strings.Contains(line, " src.addr=127.0.0.1:") {
+			t.Errorf("a connection failed: %s", line)
+		}
+	}
+}
+
+// A connection that does not end by the deadline is cut, and its line says so.
+func TestDrainDeadline(t *testing.T) {
+	m := newMesh(t)
+	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
+	client.node.env = append(client.node.env, "CONNECTION_TERMINATION_DEADLINE=200ms")
+	m.start(t)
+	server.echoTwice(t)
+	c := client.dial(t, server.at(8080))
+	talks(t, c)
+	client.node.zt.end(t, unix.SIGTERM)
+	hearsReset(t, c)
+	out, _ := direct(client, server)
+	out.err = drained
+	client.node.says(t, out)
+}
+
+// The ztunnel of one side is killed and comes back; the other side's is not told,
+// and finds out.
+func TestZtunnelRestarted(t *testing.T) {
+	for _, side := range []string{"client", "server"} {
+		t.Run(side, func(t *testing.T) {
+			m := newMesh(t)
+			client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
+			m.start(t)
+			server.echoTwice(t)
+			n := map[string]*node{"client": client.node, "server": server.node}[side]
+			c := client.dial(t, server.at(8080))
+			talks(t, c)
+			n.zt.end(t, unix.SIGKILL)
+			breaks(t, c)
+			if side == "client" {
+				if c, err := client.connect(server.at(8080)); err == nil {
+					c.Close()
+					t.Error("connected while there is no ztunnel")
+				}
+			} else {
+				client.isRefused(t, server.at(8080))
+			}
+			n.startZtunnel(t)
+			waitFor(t, "pod", func() bool { return strings.Contains(n.zt.out.String(), "pod served") })
+			client.request(t, server.at(8080), hello+hello)
+		})
+	}
+}
