@@ -37,15 +37,27 @@ func (p *place) connect(to netip.AddrPort) (*net.TCPConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	timeout := unix.NsecToTimeval(patience.Nanoseconds())
-	if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err == nil {
-		err = os.NewSyscallError("connect", unix.Connect(fd, sockaddr(to)))
-	}
-	if err != nil {
+	if err := connect(fd, to); err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
 	return tcpConn(fd)
+}
+
+// connect connects a blocking socket, patiently.
+func connect(fd int, to netip.AddrPort) error {
+	timeout := unix.NsecToTimeval(patience.Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err != nil {
+		return err
+	}
+	err := unix.Connect(fd, sockaddr(to))
+	for err == unix.EINTR { // the Go runtime's signals; the connect goes on
+		err = unix.Connect(fd, sockaddr(to))
+	}
+	if err == unix.EISCONN {
+		err = nil
+	}
+	return os.NewSyscallError("connect", err)
 }
 
 // tcpConn takes over a connected socket.
