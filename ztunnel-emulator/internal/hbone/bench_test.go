@@ -3,16 +3,13 @@ package hbone
 import (
 	"context"
 	"crypto/tls"
-	"fmt"
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // The benchmarks measure the tunnel against the limit, in the same run: a relay
@@ -116,87 +113,6 @@ func tunnelRoute(b *testing.B, cfg Config, app string) route {
 			s.Relay(f)
 		}
 	})}
-}
-
-// listenFiles is listen as the proxy does it: sockets, not net.Conns.
-func listenFiles(b *testing.B, serve func(*os.File)) string {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		b.Fatal(err)
-	}
-	l := os.NewFile(uintptr(fd), "listener")
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		b.Fatal(err)
-	}
-	if err := unix.Listen(fd, 1024); err != nil {
-		b.Fatal(err)
-	}
-	sa, err := unix.Getsockname(fd)
-	if err != nil {
-		b.Fatal(err)
-	}
-	raw, err := l.SyscallConn()
-	if err != nil {
-		b.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			fd := -1
-			var aerr error
-			err := raw.Read(func(lfd uintptr) bool {
-				fd, _, aerr = unix.Accept4(int(lfd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-				return aerr != unix.EAGAIN
-			})
-			if err != nil || aerr != nil {
-				return
-			}
-			unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-			go serve(os.NewFile(uintptr(fd), "app"))
-		}
-	}()
-	b.Cleanup(func() { l.Close(); <-done })
-	return fmt.Sprintf("127.0.0.1:%d", sa.(*unix.SockaddrInet4).Port)
-}
-
-// dialFile connects a plain socket.
-func dialFile(to *net.TCPAddr) (*os.File, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	sa := &unix.SockaddrInet4{Port: to.Port}
-	copy(sa.Addr[:], to.IP.To4())
-	err = unix.Connect(fd, sa)
-	f := os.NewFile(uintptr(fd), "app")
-	if err != nil && err != unix.EINPROGRESS {
-		f.Close()
-		return nil, err
-	}
-	raw, rerr := f.SyscallConn()
-	if rerr != nil {
-		f.Close()
-		return nil, rerr
-	}
-	asked := false
-	rerr = raw.Write(func(fd uintptr) bool {
-		if err == nil || asked {
-			n, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
-			if n != 0 {
-				rerr = syscall.Errno(n)
-			}
-			return true
-		}
-		asked = true
-		return false
-	})
-	if rerr != nil {
-		f.Close()
-		return nil, rerr
-	}
-	return f, nil
 }
 
 // compare runs both ways in turn, and reports their times and the ratio.
@@ -346,4 +262,56 @@ func BenchmarkConnections(b *testing.B) {
 		}
 	}
 	compare(b, run(bare), run(ours), "conns/s", func(d time.Duration) float64 { return conns / d.Seconds() })
+}
+
+// BenchmarkIdle reports what an idle stream and an idle tunnel hold in the heap
+// and in stacks, both ends together, applications' ends not counted.
+func BenchmarkIdle(b *testing.B) {
+	for b.Loop() {
+		b.ReportMetric(idle(b, 200, 1), "B/tunnel")
+		b.ReportMetric(idle(b, 10, 90), "B/10-tunnels-with-90-streams/10")
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// idle opens tunnels with streams that have moved a little, and returns the
+// bytes in use for each tunnel.
+func idle(b *testing.B, tunnels, streams int) float64 {
+	var m0, m1 runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m0)
+	s := newSite(b, DefaultConfig(), func(r *Request) {
+		if st, err := r.Respond(200); err == nil {
+			var buf [1000]byte
+			io.ReadFull(st, buf[:])
+			st.Write(buf[:])
+			<-r.Context().Done()
+		}
+	})
+	var ends []func()
+	for range tunnels {
+		cc, err := s.dial(context.Background())
+		if err != nil {
+			b.Fatal(err)
+		}
+		ends = append(ends, func() { cc.Close(); <-cc.Done() })
+		for range streams {
+			st, _, err := cc.Open(context.Background(), "192.0.2.1:80", nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			buf := make([]byte, 1000)
+			st.Write(buf)
+			if _, err := io.ReadFull(st, buf); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	runtime.GC()
+	runtime.GC() // pools too
+	runtime.ReadMemStats(&m1)
+	for _, end := range ends {
+		end()
+	}
+	return float64(m1.HeapInuse+m1.StackInuse-m0.HeapInuse-m0.StackInuse) / float64(tunnels)
 }

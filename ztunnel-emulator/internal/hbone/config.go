@@ -21,11 +21,10 @@ type Config struct {
 	ClientMaxHeaderList int // what a client accepts in one response's headers, in bytes
 	ServerMaxHeaderList int // what a server accepts in one request's headers, in bytes
 
-	ServerMaxStreams     int // streams at once a server allows
-	MaxStreamsPerConn    int // streams at once a client opens on one connection (POOL_MAX_STREAMS_PER_CONNECTION)
-	MaxQueued            int // bytes waiting for slow applications before the connection's window is held back
-	MaxControl           int // bytes of control frames waiting for a peer that does not read
-	MaxConnectionsPerKey int // tunnels the pool opens to spread busy streams; 1 is the real behaviour
+	ServerMaxStreams  int // streams at once a server allows
+	MaxStreamsPerConn int // streams at once a client opens on one connection (POOL_MAX_STREAMS_PER_CONNECTION)
+	MaxQueued         int // bytes waiting for slow applications before the connection's window is held back
+	MaxControl        int // bytes of control frames waiting for a peer that does not read
 
 	PingInterval time.Duration // from one pong to the next ping
 	PingTimeout  time.Duration // from a ping to a dead connection
@@ -39,20 +38,19 @@ type Config struct {
 // DefaultConfig is ztunnel's.
 func DefaultConfig() Config {
 	return Config{
-		StreamWindow:         4 << 20,
-		ConnWindow:           16 << 20,
-		MaxFrame:             1 << 20,
-		ClientMaxHeaderList:  16 << 10,
-		ServerMaxHeaderList:  64 << 10,
-		ServerMaxStreams:     200,
-		MaxStreamsPerConn:    100,
-		MaxQueued:            64 << 20,
-		MaxControl:           128 << 10,
-		MaxConnectionsPerKey: 1,
-		PingInterval:         10 * time.Second,
-		PingTimeout:          20 * time.Second,
-		HandshakeTimeout:     10 * time.Second,
-		UnusedTimeout:        5 * time.Minute,
-		PoolSize:             500,
+		StreamWindow:        4 << 20,
+		ConnWindow:          16 << 20,
+		MaxFrame:            1 << 20,
+		ClientMaxHeaderList: 16 << 10,
+		ServerMaxHeaderList: 64 << 10,
+		ServerMaxStreams:    200,
+		MaxStreamsPerConn:   100,
+		MaxQueued:           64 << 20,
+		MaxControl:          128 << 10,
+		PingInterval:        10 * time.Second,
+		PingTimeout:         20 * time.Second,
+		HandshakeTimeout:    10 * time.Second,
+		UnusedTimeout:       5 * time.Minute,
+		PoolSize:            500,
 	}
 }

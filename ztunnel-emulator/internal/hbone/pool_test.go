@@ -1,144 +1,18 @@
 package hbone
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
-	"net"
+	"io"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
 )
-
-// site is a server that pools dial, on loopback with TLS, and counts its connections.
-type site struct {
-	t       testing.TB
-	l       net.Listener
-	cfg     Config
-	handler func(*Request)
-	conns   atomic.Int32
-	open    atomic.Int32
-	mu      sync.Mutex
-	servers []*ServerConn
-	work    sync.WaitGroup
-}
-
-func newSite(t testing.TB, cfg Config, handler func(*Request)) *site {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &site{t: t, l: l, cfg: cfg, handler: handler}
-	s.work.Add(1)
-	go s.accept()
-	t.Cleanup(func() {
-		l.Close()
-		s.each(func(sc *ServerConn) { sc.Close() })
-		s.work.Wait()
-	})
-	return s
-}
-
-func (s *site) each(f func(*ServerConn)) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, sc := range s.servers {
-		f(sc)
-	}
-}
-
-func (s *site) accept() {
-	defer s.work.Done()
-	_, serverTLS := tlsConfigs()
-	for {
-		raw, err := s.l.Accept()
-		if err != nil {
-			return
-		}
-		s.work.Add(1)
-		go func() {
-			defer s.work.Done()
-			sc, err := Accept(context.Background(), raw, serverTLS, s.cfg)
-			if err != nil {
-				return
-			}
-			s.mu.Lock()
-			s.servers = append(s.servers, sc)
-			s.mu.Unlock()
-			s.conns.Add(1)
-			s.open.Add(1)
-			defer s.open.Add(-1)
-			sc.Serve(s.handler)
-		}()
-	}
-}
-
-func (s *site) dial(ctx context.Context) (*ClientConn, error) {
-	var d net.Dialer
-	raw, err := d.DialContext(ctx, "tcp", s.l.Addr().String())
-	if err != nil {
-		return nil, err
-	}
-	clientTLS, _ := tlsConfigs()
-	return Dial(ctx, raw, clientTLS, s.cfg)
-}
-
-// holdUntilClosed answers 200 and reads until the client ends.
-func holdUntilClosed(r *Request) {
-	s, err := r.Respond(200)
-	if err != nil {
-		return
-	}
-	var b [1024]byte
-	for {
-		if _, err := s.Read(b[:]); err != nil {
-			s.CloseWrite()
-			return
-		}
-	}
-}
-
-// openMany opens n streams at the same time and holds them all open together.
-func openMany(t testing.TB, p *Pool, s *site, n int) []*Stream {
-	t.Helper()
-	streams := make(chan *Stream, n)
-	errs := make(chan error, n)
-	for range n {
-		go func() {
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-			defer cancel()
-			st, _, err := p.Open(ctx, Key{}, s.dial, "192.0.2.1:80", nil)
-			if err != nil {
-				errs <- err
-				return
-			}
-			streams <- st
-		}()
-	}
-	var all []*Stream
-	for range n {
-		select {
-		case st := <-streams:
-			all = append(all, st)
-		case err := <-errs:
-			t.Fatal(err)
-		}
-	}
-	return all
-}
-
-// endAll ends streams on both sides.
-func endAll(t testing.TB, streams []*Stream) {
-	t.Helper()
-	for _, s := range streams {
-		s.CloseWrite()
-		if _, err := s.Read(make([]byte, 1)); err == nil {
-			t.Error("bytes where an end was expected")
-		}
-	}
-}
 
 func TestPoolCounts(t *testing.T) {
 	for _, tc := range []struct {
@@ -317,4 +191,80 @@ func TestPoolForgetsTheLeastRecent(t *testing.T) {
 		endAll(t, []*Stream{st})
 	}
 	eventually(t, "three to be left", func() bool { return p.Tunnels() == 3 && s.open.Load() == 3 })
+}
+
+// A tunnel that refuses, or goes away before the request, is not the user's problem.
+func TestPoolRetriesWhatWasNotSent(t *testing.T) {
+	for name, refuse := range map[string]func(*peer, uint32){
+		"refused": func(p *peer, id uint32) { p.fr.WriteRSTStream(id, http2.ErrCodeRefusedStream) },
+		"goaway":  func(p *peer, id uint32) { p.fr.WriteGoAway(0, http2.ErrCodeNo, nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := quickConfig()
+			bad, peer := rawServerOf(t, cfg)
+			s := newSite(t, cfg, holdUntilClosed)
+			p := NewPool(cfg)
+			defer p.Close()
+			first := true
+			dial := func(ctx context.Context) (*ClientConn, error) {
+				if first {
+					first = false
+					return bad, nil
+				}
+				return s.dial(ctx)
+			}
+			got := make(chan *Stream, 1)
+			go func() {
+				st, _, err := p.Open(context.Background(), Key{}, dial, "192.0.2.1:80", nil)
+				if err != nil {
+					t.Error(err)
+				}
+				got <- st
+			}()
+			refuse(peer, peer.request())
+			endAll(t, []*Stream{within(t, "the stream", got)})
+		})
+	}
+}
+
+// A tunnel within the tunnel: TLS and HTTP/2 over a stream.
+func TestDoubleTunnel(t *testing.T) {
+	_, serverTLS := tlsConfigs()
+	cfg := DefaultConfig()
+	cc, _ := tunnel(t, cfg, func(r *Request) {
+		s, err := r.Respond(200)
+		if err != nil {
+			return
+		}
+		inner, err := Accept(r.Context(), s.Conn(), serverTLS, cfg)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		inner.Serve(echo)
+	})
+	s, _, err := cc.Open(context.Background(), "gateway.example:15008", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clientTLS, _ := tlsConfigs()
+	inner, err := Dial(context.Background(), s.Conn(), clientTLS, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, _, err := inner.Open(context.Background(), "echo.example:80", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := make([]byte, 1<<20)
+	rand.Read(body)
+	go func() {
+		st.Write(body)
+		st.CloseWrite()
+	}()
+	if b, err := io.ReadAll(st); !bytes.Equal(b, body) || err != nil {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	inner.Close()
+	within(t, "the inner end", inner.Done())
 }

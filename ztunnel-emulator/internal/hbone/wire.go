@@ -170,7 +170,6 @@ func (w *wire) flushLocked() error {
 // is only collected here.
 func (w *wire) SetWriteDeadline(time.Time) error { return nil }
 
-
 // collect ends the time of the handshake: from now on Read does not wait and
 // Write collects.
 func (w *wire) collect() {
