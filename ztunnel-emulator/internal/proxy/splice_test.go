@@ -11,10 +11,10 @@ func TestSmallPiecesTakeNoPipe(t *testing.T) {
 	r := startRelay(t)
 	exchange := func(size, times int) {
 		t.Helper()
-		buf := make([]byte, size)
+		sent, got := make([]byte, size), make([]byte, size)
 		for range times {
-			go r.client.Write(buf)
-			if _, err := io.ReadFull(r.server, buf); err != nil {
+			go r.client.Write(sent)
+			if _, err := io.ReadFull(r.server, got); err != nil {
 				t.Fatal(err)
 			}
 		}
