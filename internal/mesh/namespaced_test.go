@@ -178,7 +178,7 @@ func trustDomainMismatch(t *testing.T) {
 	server.echoTwice(t)
 	client.isRefused(t, server.at(8080))
 	server.node.says(t, denied(client, server.at(15008), "inbound",
-		`tls handshake error: tls handshake: peer spiffe://clusterset.local/ns/default/sa/client: expected trust domain "cluster.local"`))
+		`tls handshake error: peer spiffe://clusterset.local/ns/default/sa/client: expected trust domain "cluster.local"`))
 	if got := client.node.line(t, "connection complete"); !regexp.MustCompile(`^error .* error="io error: .*bad certificate"$`).MatchString(got) {
 		t.Errorf("the client's side says %s", got)
 	}

@@ -99,9 +99,9 @@ func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error)
 		return Conn{}, err
 	}
 	c.SetWriteDeadline(deadline)
-	if !p.connecting(s, c) {
+	if err := p.connecting(s, c); err != nil {
 		c.Close()
-		return Conn{}, errEnding
+		return Conn{}, err
 	}
 	if !connected {
 		err = c.awaitConnect()
@@ -113,7 +113,6 @@ func (p *Pod) dial(s *session, dst netip.AddrPort, src netip.Addr) (Conn, error)
 		err = *cause
 	}
 	if err != nil {
-		p.connecting(s, Conn{})
 		c.Close()
 		return Conn{}, err
 	}

@@ -55,7 +55,6 @@ func (p *Pod) dnsQuery(query []byte, reply func([]byte)) {
 
 // dnsOverTCP serves a connection to 15053, and takes it over.
 func (p *Pod) dnsOverTCP(fd int) {
-	defer p.wg.Done()
 	c := NewConn(fd)
 	p.dns.ServeTCP(p.ctx, netConn{c})
 	if p.ctx.Err() != nil {
@@ -70,6 +69,9 @@ func (p *Pod) dnsOverTCP(fd int) {
 // netConn is a Conn for those who want a net.Conn. Package net would make one
 // only of a second descriptor.
 type netConn struct{ Conn }
+
+// CloseWrite is for who ends a tunnel gently.
+func (c netConn) CloseWrite() error { return c.closeWrite() }
 
 func (c netConn) LocalAddr() net.Addr  { return c.name(unix.Getsockname) }
 func (c netConn) RemoteAddr() net.Addr { return c.name(unix.Getpeername) }

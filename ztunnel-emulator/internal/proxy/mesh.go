@@ -35,9 +35,9 @@ type Mesh struct {
 // and never looks at its file again.)
 func (m *Mesh) Watch(ctx context.Context) {
 	for {
-		state, changed := m.Store.Watch()
+		_, changed := m.Store.Watch()
 		for _, p := range m.all() {
-			p.rejudge(state)
+			p.rejudge()
 		}
 		select {
 		case <-changed:
@@ -104,7 +104,11 @@ func (p *Pod) mesh() *Mesh { return p.config.Mesh }
 // own returns the pod's workload, for which it waits a while: a pod may be here
 // before what is known of it.
 func (p *Pod) own() (*workload.Workload, error) {
-	return p.mesh().Store.Local(p.ctx, p.Name, p.Namespace, p.ServiceAccount)
+	own, err := p.mesh().Store.Local(p.ctx, p.Name, p.Namespace, p.ServiceAccount)
+	if err != nil && p.ctx.Err() != nil {
+		err = errDrained
+	}
+	return own, err
 }
 
 func idOf(w *workload.Workload) identity.ID {
@@ -122,9 +126,14 @@ func parseIDs(names []string) []identity.ID {
 	return ids
 }
 
-// authorize asks the policies, and tells what those would say that are only tried
-// out.
-func (m *Mesh) authorize(state *workload.State, own *workload.Workload, peer workload.Peer) error {
+// authorize asks the policies that are in force, and tells what those would say that
+// are only tried out. own may be of an earlier state: by now the pod may name other
+// policies. One that is not known any more keeps those that it had.
+func (m *Mesh) authorize(own *workload.Workload, peer workload.Peer) error {
+	state := m.Store.State()
+	if now := state.WorkloadByUID(own.UID); now != nil {
+		own = now
+	}
 	dry, err := state.Authorize(own, peer)
 	level := slog.LevelDebug
 	if m.PolicyInfo {

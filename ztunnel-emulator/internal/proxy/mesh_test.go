@@ -35,6 +35,7 @@ func cast(more string) string {
 workloads:
 - {uid: client, name: client, namespace: demo, serviceAccount: client, trustDomain: td, workloadIps: [%s], protocol: HBONE, services: {}}
 - {uid: server, name: server, namespace: demo, serviceAccount: server, trustDomain: td, workloadIps: [%s], protocol: HBONE, services: {demo/svc: {80: 8080}}%s}
+- {uid: node, name: node, namespace: demo, serviceAccount: node, trustDomain: td, workloadIps: [127.0.0.1], services: {}}
 services:
 - {name: svc, namespace: demo, hostname: svc, vips: [/127.0.9.9], ports: {80: 8080}}
 policies:
@@ -243,7 +244,7 @@ func TestThroughATunnel(t *testing.T) {
 func TestTunnelOfAPodThatHasEnded(t *testing.T) {
 	w := newWorld(t)
 	client, fd := tcpPair(t)
-	tun := w.server.track(fd)
+	tun := w.server.track(fd, true)
 	own := identity.ID{TrustDomain: "td", Namespace: "demo", ServiceAccount: "server"}
 	accepted := make(chan *hbone.ServerConn, 1)
 	go func() {
@@ -328,9 +329,9 @@ func TestCloseWithStuckTunnels(t *testing.T) {
 	w.HBONE.StreamWindow, w.HBONE.ConnWindow = 1<<30, 1<<30 // the client's
 	for range many {
 		d := &deaf{TCPConn: dial(t, serverIP+":15008"), hears: make(chan struct{})}
-		t.Cleanup(func() { close(d.hears) })
 		d.SetReadBuffer(4096)
 		c := w.tunnel(t, d)
+		t.Cleanup(func() { close(d.hears) })
 		if _, _, err := c.Open(t.Context(), serverIP+":8080", nil); err != nil {
 			t.Fatal(err)
 		}
@@ -406,10 +407,10 @@ func TestCutBeforeConnect(t *testing.T) {
 	w := newWorld(t)
 	_, accepted := tcpPair(t)
 	defer accepted.Close()
-	s := &session{accepted: accepted, judge: func(*workload.State) error { return errors.New("no more") }}
+	s := &session{accepted: accepted}
 	w.server.begin(s)
 	defer w.server.forget(s)
-	w.server.cutAll(errPolicyChange, func(*session) bool { return true })
+	w.server.cut(s, errPolicyChange)
 	began := time.Now()
 	_, err := w.server.dial(s, silent(t), netip.Addr{})
 	if took := time.Since(began); err != errPolicyChange || took > 5*time.Second {
@@ -463,6 +464,25 @@ func TestEndWhileUnknown(t *testing.T) {
 			t.Errorf("%v: %v, want a reset", c.RemoteAddr(), err)
 		}
 		w.said.with(t, "connection failed", "dst.addr="+c.RemoteAddr().String(), `error="connection closed due to connection drain"`)
+	}
+}
+
+// Who comes from another network has an address that is somebody else's here: what
+// counts is what it says of itself.
+func TestSourceOnAnotherNetwork(t *testing.T) {
+	w := newWorld(t)
+	w.tunnels(t)
+	w.echo(t)
+	c := w.tunnel(t, dial(t, serverIP+":15008"))
+	for network, name := range map[string]string{"": "node", "far": "web"} {
+		fields := hbone.RequestHeaders("service.name=web", "", hbone.NewTraceparent(), network)
+		s, _, err := c.Open(t.Context(), serverIP+":8080", fields)
+		if err != nil {
+			t.Fatal(err)
+		}
+		talk(t, s)
+		s.Close()
+		w.said.with(t, "connection complete", "src.workload="+name)
 	}
 }
 

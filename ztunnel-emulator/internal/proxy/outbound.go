@@ -19,7 +19,6 @@ var errRecursive = errors.New("attempted recursive call to ourselves")
 // outbound serves what the pod's rules have redirected to 15001, and takes it
 // over: a connection that the application has made.
 func (p *Pod) outbound(fd int) {
-	defer p.wg.Done()
 	l := line{pod: p, began: time.Now(), outbound: true}
 	dst, ok := p.destination(&l, fd, PortOutbound)
 	if !ok {
@@ -41,7 +40,6 @@ func (p *Pod) outbound(fd int) {
 // inboundPassthrough serves what the pod's rules have redirected to 15006, and
 // takes it over: plaintext for the application.
 func (p *Pod) inboundPassthrough(fd int) {
-	defer p.wg.Done()
 	l := line{pod: p, began: time.Now()}
 	dst, ok := p.destination(&l, fd, PortInboundPassthrough)
 	if !ok {
@@ -52,7 +50,7 @@ func (p *Pod) inboundPassthrough(fd int) {
 		unix.Close(fd)
 		return
 	}
-	var judge func(*workload.State) error
+	var judge func() error
 	if p.mesh() != nil {
 		if judge, ok = p.plaintext(&l, fd, dst); !ok {
 			return
@@ -71,7 +69,7 @@ func (p *Pod) inboundPassthrough(fd int) {
 
 // plaintext finds out who calls whom without a tunnel. It returns what policies say
 // of that, or false when the connection is refused and has been dealt with.
-func (p *Pod) plaintext(l *line, fd int, dst netip.AddrPort) (judge func(*workload.State) error, ok bool) {
+func (p *Pod) plaintext(l *line, fd int, dst netip.AddrPort) (judge func() error, ok bool) {
 	own, err := p.own()
 	if err != nil {
 		l.deny(err)
@@ -82,7 +80,7 @@ func (p *Pod) plaintext(l *line, fd int, dst netip.AddrPort) (judge func(*worklo
 	l.dstParty = partyOf(own)
 	l.srcParty = partyOf(m.Store.State().WorkloadAt(m.Network, l.src.Addr()))
 	peer := workload.Peer{Src: l.src, Dst: dst}
-	return func(now *workload.State) error { return m.authorize(now, own, peer) }, true
+	return func() error { return m.authorize(own, peer) }, true
 }
 
 // destination finds out who calls whom. It returns false when the connection is
@@ -126,7 +124,7 @@ func transparent(fd int) bool {
 //
 // The kernel has completed the client's handshake before we knew of it, so the
 // only way to say that the way onward is closed is a reset.
-func (p *Pod) relayTo(l *line, fd int, dst netip.AddrPort, src netip.Addr, judge func(*workload.State) error) {
+func (p *Pod) relayTo(l *line, fd int, dst netip.AddrPort, src netip.Addr, judge func() error) {
 	s := &session{accepted: NewConn(fd), judge: judge}
 	// Registered before it is judged: a change in between is not lost.
 	if !p.begin(s) {
@@ -134,7 +132,7 @@ func (p *Pod) relayTo(l *line, fd int, dst netip.AddrPort, src netip.Addr, judge
 		return
 	}
 	if judge != nil {
-		if err := judge(p.mesh().Store.State()); err != nil {
+		if err := judge(); err != nil {
 			s.accepted.reset()
 			p.forget(s)
 			l.complete(Counts{}, err)

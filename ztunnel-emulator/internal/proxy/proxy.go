@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,7 +14,6 @@ import (
 
 	"ambient-emulator/ztunnel-emulator/internal/dns"
 	"ambient-emulator/ztunnel-emulator/internal/hbone"
-	"ambient-emulator/ztunnel-emulator/internal/workload"
 )
 
 // The ports of an ambient pod that ztunnel binds itself.
@@ -62,10 +63,12 @@ type Pod struct {
 
 	pool *hbone.Pool // tunnels to others; nil without a mesh
 
-	mu      sync.Mutex
-	closed  bool
-	open    map[*session]struct{}
-	tunnels map[*tunnel]struct{}
+	mu       sync.Mutex
+	draining bool // no tunnel may bring new streams
+	closed   bool
+	arriving int // connections that are not yet among the following
+	open     map[*session]struct{}
+	tunnels  map[*tunnel]struct{}
 }
 
 // NewPod returns what serves the connections of a pod. enter runs a function on
@@ -87,25 +90,35 @@ func (p *Pod) Serve(port uint16, fd int) {
 	closed := p.closed
 	if !closed {
 		p.wg.Add(1)
+		p.arriving++
 	}
 	p.mu.Unlock()
 	if closed {
 		resetFD(fd)
 		return
 	}
+	go p.take(port, fd)
+}
+
+// take deals with a connection until it goes on by itself, as a relay or a tunnel,
+// or has ended.
+func (p *Pod) take(port uint16, fd int) {
+	defer p.wg.Done()
 	switch port {
 	case PortOutbound:
-		go p.outbound(fd)
+		p.outbound(fd)
 	case PortInboundPassthrough:
-		go p.inboundPassthrough(fd)
+		p.inboundPassthrough(fd)
 	case PortInbound:
-		go p.inbound(fd)
+		p.inbound(fd)
 	case PortDNS:
-		go p.dnsOverTCP(fd)
+		p.dnsOverTCP(fd)
 	default:
-		p.wg.Done()
 		unix.Close(fd)
 	}
+	p.mu.Lock()
+	p.arriving--
+	p.mu.Unlock()
 }
 
 // session is a connection on its way through the pod: two sockets, or a socket and
@@ -115,8 +128,8 @@ type session struct {
 	stream           *hbone.Stream // in place of one of them
 	cancel           context.CancelCauseFunc
 
-	// judge asks the policies about an inbound connection again. It may be nil.
-	judge func(*workload.State) error
+	// judge asks the policies about an inbound connection. It may be nil.
+	judge func() error
 	cause atomic.Pointer[error]
 }
 
@@ -139,12 +152,18 @@ func (p *Pod) begin(s *session) bool {
 }
 
 // connecting adds the connection onward to a session, so that it can be cut while
-// it connects; or returns false when the pod has ended.
-func (p *Pod) connecting(s *session, onward Conn) bool {
+// it connects; or says why the session has been cut already.
+func (p *Pod) connecting(s *session, onward Conn) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if cause := s.cause.Load(); cause != nil {
+		return *cause
+	}
+	if p.closed {
+		return errEnding
+	}
 	s.onward = onward
-	return !p.closed
+	return nil
 }
 
 // forget is the end of a session. Its connections are closed by the caller.
@@ -154,54 +173,52 @@ func (p *Pod) forget(s *session) {
 	delete(p.open, s)
 }
 
-// cut ends a session from outside; cause goes to its access line. It is closed in a
-// moment, by whoever serves it. The pod's lock is held; what is returned is to be
-// called without it, because a stream's peer may be slow.
-func (s *session) cut(cause error) (rest func()) {
-	s.cause.CompareAndSwap(nil, &cause)
-	conns, stream, cancel := [...]Conn{s.accepted, s.onward}, s.stream, s.cancel
-	return func() {
-		for _, c := range conns {
-			if c.File != nil {
-				abort(c)
-			}
-		}
-		if cancel != nil {
-			cancel(cause)
-		}
-		if stream != nil {
-			stream.Cancel(cause)
-		}
-	}
+// sessions returns those that there are.
+func (p *Pod) sessions() []*session {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Collect(maps.Keys(p.open))
 }
 
-// cutAll cuts the sessions that which, called with the pod's lock held, picks.
-func (p *Pod) cutAll(cause error, which func(*session) bool) {
-	var rests []func()
+// cut ends a session from outside; cause goes to its access line. It is closed in a
+// moment, by whoever serves it.
+func (p *Pod) cut(s *session, cause error) {
 	p.mu.Lock()
-	for s := range p.open {
-		if which(s) {
-			rests = append(rests, s.cut(cause))
+	s.cause.CompareAndSwap(nil, &cause)
+	conns, stream, cancel := [...]Conn{s.accepted, s.onward}, s.stream, s.cancel
+	p.mu.Unlock()
+	// Without the lock: a stream's peer may be slow.
+	for _, c := range conns {
+		if c.File != nil {
+			abort(c)
 		}
 	}
-	p.mu.Unlock()
-	for _, rest := range rests {
-		rest()
+	if cancel != nil {
+		cancel(cause)
+	}
+	if stream != nil {
+		stream.Cancel(cause)
 	}
 }
 
 // WaitIdle waits until all connections have ended by themselves, so long at most.
 func (p *Pod) WaitIdle(most time.Duration) {
-	deadline := time.Now().Add(most)
-	for {
-		p.mu.Lock()
-		n := len(p.open)
-		p.mu.Unlock()
-		if n == 0 || time.Now().After(deadline) {
-			return
-		}
+	for deadline := time.Now().Add(most); !p.idle() && time.Now().Before(deadline); {
 		time.Sleep(5 * time.Millisecond)
 	}
+}
+
+// idle tells whether there is nothing to wait for. A tunnel that somebody has made
+// to us counts, because streams may be under way in it; our own do not.
+func (p *Pod) idle() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for t := range p.tunnels {
+		if t.inbound {
+			return false
+		}
+	}
+	return p.arriving == 0 && len(p.open) == 0
 }
 
 // Close ends every connection of the pod at once and waits until they are closed.
@@ -213,21 +230,19 @@ func (p *Pod) Close() {
 		t.abandon()
 	}
 	p.mu.Unlock()
-	p.cutAll(errDrained, func(*session) bool { return true })
+	for _, s := range p.sessions() {
+		p.cut(s, errDrained)
+	}
 	p.end()
+	// All at once: each takes half a second if its peer does not read.
+	var closing sync.WaitGroup
+	for _, t := range p.allTunnels() {
+		closing.Go(func() { t.Close() })
+	}
+	closing.Wait()
 	if p.mesh() != nil {
 		p.mesh().part(p)
 		p.pool.Close()
 	}
-	for _, t := range p.allTunnels() {
-		t.Close()
-	}
 	p.wg.Wait()
-}
-
-// Open returns how many connections there are.
-func (p *Pod) Open() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.open)
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,11 +21,10 @@ import (
 
 // inbound serves a connection to 15008, and takes it over: a tunnel.
 func (p *Pod) inbound(fd int) {
-	defer p.wg.Done()
 	l := line{pod: p, began: time.Now()}
 	peer, err := unix.Getpeername(fd)
 	if err != nil {
-		unix.Close(fd)
+		unix.Close(fd) // it has left already
 		return
 	}
 	local, err := unix.Getsockname(fd)
@@ -36,28 +36,36 @@ func (p *Pod) inbound(fd int) {
 	own, err := p.own()
 	if err != nil {
 		l.deny(err)
-		unix.Close(fd)
+		resetFD(fd)
 		return
 	}
 	r := receiver{pod: p, src: l.src, dst: l.dst, spoof: transparent(fd)}
-	t := p.track(NewConn(fd))
+	t := p.track(NewConn(fd), true)
 	if t == nil {
 		return
 	}
 	conn, err := hbone.Accept(p.ctx, t, p.mesh().Identities.ServerConfig(idOf(own)), p.mesh().HBONE)
 	if err != nil {
 		if p.ctx.Err() == nil {
-			l.deny(fmt.Errorf("tls handshake error: %w", err))
+			l.deny(handshakeError(err))
 		}
 		return
 	}
-	t.accepted(conn)
+	t.established(conn)
 	if id, ok := identity.PeerID(conn.ConnectionState()); ok {
 		r.identity = id.String()
 	}
 	// The handshake has left a large stack behind; the tunnel lives long.
 	p.wg.Add(1)
 	go r.serve(conn)
+}
+
+// handshakeError words why there is no tunnel.
+func handshakeError(err error) error {
+	if h := (*hbone.HandshakeError)(nil); errors.As(err, &h) {
+		return fmt.Errorf("%s handshake error: %w", h.Step, h.Err)
+	}
+	return err
 }
 
 // receiver is a tunnel that somebody has made to the pod.
@@ -106,16 +114,14 @@ func (r *receiver) receive(req *hbone.Request) {
 	l.srcParty = r.source(state, req)
 	l.service = serviceOf(state, own, req, target)
 
-	s := &session{}
-	s.judge = func(now *workload.State) error {
-		return m.authorize(now, own, workload.Peer{Src: r.src, Dst: target.Addr, Identity: r.identity})
-	}
+	peer := workload.Peer{Src: r.src, Dst: target.Addr, Identity: r.identity}
+	s := &session{judge: func() error { return m.authorize(own, peer) }}
 	// Registered before it is judged: a change in between is not lost.
 	if !p.begin(s) {
 		req.Reset(http2.ErrCodeCancel)
 		return
 	}
-	if err := s.judge(m.Store.State()); err != nil {
+	if err := s.judge(); err != nil {
 		p.forget(s)
 		req.Respond(http.StatusUnauthorized)
 		l.complete(Counts{}, err)
@@ -189,9 +195,11 @@ func (r *receiver) responseFields(own *workload.Workload) []hpack.HeaderField {
 }
 
 // source is who calls, for the access line: whoever has the address, or else what
-// he says of himself.
+// he says of himself. On another network the address is another's.
 func (r *receiver) source(state *workload.State, req *hbone.Request) party {
-	if w := state.WorkloadAt(r.pod.mesh().Network, r.src.Addr()); w != nil {
+	network := r.pod.mesh().Network
+	abroad := slices.ContainsFunc(req.Header(hbone.HeaderXForwardedNetwork), func(n string) bool { return !strings.EqualFold(n, network) })
+	if w := state.WorkloadAt(network, r.src.Addr()); w != nil && !abroad {
 		pt := partyOf(w)
 		pt.identity = r.identity
 		return pt

@@ -105,7 +105,7 @@ func (p *Pod) dialTunnel(ctx context.Context, own *workload.Workload, route work
 		}
 		return nil, err
 	}
-	t := p.track(c)
+	t := p.track(c, false)
 	if t == nil {
 		return nil, errEnding
 	}
@@ -113,7 +113,7 @@ func (p *Pod) dialTunnel(ctx context.Context, own *workload.Workload, route work
 	if err != nil {
 		return nil, err
 	}
-	t.connected(conn)
+	t.established(conn)
 	return conn, nil
 }
 

@@ -8,15 +8,15 @@ import (
 
 	"ambient-emulator/ztunnel-emulator/internal/hbone"
 	"ambient-emulator/ztunnel-emulator/internal/identity"
-	"ambient-emulator/ztunnel-emulator/internal/workload"
 )
 
 // tunnel is a tunnel's connection, in either direction. The pod knows all of them,
 // so that none outlives it.
 type tunnel struct {
 	netConn
-	pod  *Pod
-	conn tunnelConn // nil until the handshake is over
+	pod     *Pod
+	inbound bool
+	conn    tunnelConn // nil until the handshake is over
 }
 
 // tunnelConn is what both ends of a tunnel can.
@@ -26,10 +26,10 @@ type tunnelConn interface {
 	Close() error
 }
 
-// track makes a connection a tunnel of the pod, or resets it and returns nil when
-// the pod has ended.
-func (p *Pod) track(c Conn) *tunnel {
-	t := &tunnel{netConn: netConn{c}, pod: p}
+// track makes a connection a tunnel of the pod, inbound if somebody has made it to
+// us; or resets it and returns nil when the pod has ended.
+func (p *Pod) track(c Conn, inbound bool) *tunnel {
+	t := &tunnel{netConn: netConn{c}, pod: p, inbound: inbound}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -40,15 +40,21 @@ func (p *Pod) track(c Conn) *tunnel {
 	return t
 }
 
-// established says that the handshake is over.
+// established says that the handshake is over. What has happened meanwhile to the
+// others happens to this one now.
 func (t *tunnel) established(conn tunnelConn) {
-	t.pod.mu.Lock()
-	defer t.pod.mu.Unlock()
+	p := t.pod
+	p.mu.Lock()
 	t.conn = conn
+	closed, draining := p.closed, p.draining
+	p.mu.Unlock()
+	switch {
+	case closed, p.mesh().CRL.Revoked(conn.ConnectionState().PeerCertificates):
+		conn.Close()
+	case draining && t.inbound:
+		conn.Drain()
+	}
 }
-
-func (t *tunnel) connected(conn *hbone.ClientConn) { t.established(conn) }
-func (t *tunnel) accepted(conn *hbone.ServerConn)  { t.established(conn) }
 
 // abandon makes the end of a tunnel a reset: an orphan that waits for its peer's ACK
 // would keep the pod's namespace.
@@ -75,8 +81,11 @@ func (p *Pod) allTunnels() []tunnelConn {
 	return all
 }
 
-// Drain asks who uses our tunnels to make no new streams in them.
+// Drain asks who has made tunnels to us to make no new streams in them.
 func (p *Pod) Drain() {
+	p.mu.Lock()
+	p.draining = true
+	p.mu.Unlock()
 	for _, t := range p.allTunnels() {
 		if server, ok := t.(*hbone.ServerConn); ok {
 			server.Drain()
@@ -111,9 +120,14 @@ func (s *session) why(err error) error {
 
 var errPolicyChange = errors.New("connection closed due to policy change")
 
-// rejudge ends the inbound connections that are not allowed any more.
-func (p *Pod) rejudge(state *workload.State) {
-	p.cutAll(errPolicyChange, func(s *session) bool { return s.judge != nil && s.judge(state) != nil })
+// rejudge ends the inbound connections that are not allowed any more. Without the
+// pod's lock: policies that are only tried out write to the log.
+func (p *Pod) rejudge() {
+	for _, s := range p.sessions() {
+		if s.judge != nil && s.judge() != nil {
+			p.cut(s, errPolicyChange)
+		}
+	}
 }
 
 // tunnelled adds a stream to a session, unless that has been cut.
