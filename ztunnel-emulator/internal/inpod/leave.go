@@ -38,7 +38,7 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			e.acceptor.remove(p.sockets)
+			e.acceptor.remove(p.shared())
 			for _, s := range p.shared() {
 				if stepAside(p, s.fd, s.port, func(conn int) { e.accepted(p, s.port, conn) }) {
 					shared.Store(true)
@@ -60,6 +60,7 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 		}
 	}
 	for _, p := range pods {
+		e.acceptor.remove(p.sockets) // until now, DNS was answered
 		p.life.Lock()
 		closeAll(p.sockets)
 		p.sockets = nil
@@ -75,7 +76,8 @@ func (e *engine) drain(pods []*pod, deadline time.Duration) {
 }
 
 // shared are the listeners that the next ztunnel has, too, and whose connections
-// nobody may lose. A DNS query is asked again by itself.
+// nobody may lose. Those of DNS answer until they are closed: one query that is lost
+// then is asked again by itself, but one of two for a second is not to be borne.
 func (p *pod) shared() []socket {
 	return slices.DeleteFunc(slices.Clone(p.sockets), func(s socket) bool { return s.port == proxy.PortDNS })
 }

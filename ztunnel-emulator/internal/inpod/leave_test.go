@@ -1,12 +1,18 @@
 package inpod
 
 import (
+	"errors"
 	"log/slog"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/netns/netnstest"
+	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
 // Of the listeners of a group, the one that steps aside is not chosen any more,
@@ -40,5 +46,71 @@ func TestStepAside(t *testing.T) {
 			t.Errorf("%d members, number %d steps aside: it gets %d of 100 connections, want %d", tt.members, tt.leaver, kept, tt.want)
 		}
 		closeFDs(group)
+	}
+}
+
+// While one of two ztunnels leaves, both answer DNS, until the leaver's sockets are
+// closed: then a query may be lost, of each client one.
+func TestLeaveAnswersDNS(t *testing.T) {
+	older, newer := newMachine(t), newMachine(t)
+	ns := netnstest.New(t)
+	older.must(older.snap(), older.add("u", ns))
+	newer.must(newer.snap(), newer.add("u", ns))
+	const many = 4
+	var stop atomic.Bool
+	var answered, lost atomic.Int64
+	var clients sync.WaitGroup
+	for range many {
+		clients.Go(func() {
+			for !stop.Load() {
+				switch err := queryIn(ns); {
+				case err == nil:
+					answered.Add(1)
+				case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ECONNREFUSED):
+					lost.Add(1)
+				default:
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	waitFor(t, "some answers", func() bool { return answered.Load() > 100 })
+	older.engine.drain(running(older), 5*time.Second)
+	after := answered.Load()
+	waitFor(t, "some more", func() bool { return answered.Load() > after+100 })
+	stop.Store(true)
+	clients.Wait()
+	if lost.Load() > many {
+		t.Errorf("%d answered, %d lost", answered.Load(), lost.Load())
+	}
+}
+
+// queryIn asks a pod's 15053, from a new port, and waits a moment for the answer,
+// which may be any.
+func queryIn(ns *netns.NS) error {
+	var fd int
+	if _, err := ns.Do(func() (err error) {
+		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		return err
+	}); err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	moment := unix.NsecToTimeval((300 * time.Millisecond).Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &moment); err != nil {
+		return err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: proxy.PortDNS, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		return err
+	}
+	// A query for the root's A (RFC 1035, 4.1).
+	if _, err := unix.Write(fd, []byte{0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1}); err != nil {
+		return err
+	}
+	for {
+		if _, err := unix.Read(fd, make([]byte, 512)); err != unix.EINTR {
+			return err
+		}
 	}
 }

@@ -267,10 +267,13 @@ func (w *Workloads) Close(deadline time.Duration) error {
 	if deadline > 0 {
 		w.engine.drain(pods, deadline)
 	}
-	var errs []error
-	for _, pod := range pods {
-		errs = append(errs, w.engine.stop(pod))
+	// All at once: the deadline is over, and each may take a moment.
+	errs := make([]error, len(pods))
+	var stopping sync.WaitGroup
+	for i, pod := range pods {
+		stopping.Go(func() { errs[i] = w.engine.stop(pod) })
 	}
+	stopping.Wait()
 	w.running = nil
 	return errors.Join(append(errs, w.engine.close())...)
 }
