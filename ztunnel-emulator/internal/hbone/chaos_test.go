@@ -17,7 +17,7 @@ import (
 func TestLongTransfer(t *testing.T) {
 	size := int64(1 << 30)
 	if raceEnabled {
-		size = 128 << 20
+		size = 64 << 20
 	}
 	h := newPathHandler(t)
 	cc, _ := tunnel(t, DefaultConfig(), h.handle)
@@ -122,6 +122,7 @@ func TestChaos(t *testing.T) {
 	cfg := DefaultConfig()
 	cfg.ConnWindow = 256 << 10
 	cfg.StreamWindow = 64 << 10
+	cfg.MaxQueued = 100 << 10   // so that window is held back, and given back
 	cfg.ServerMaxStreams = 1000 // its limit of early resets too
 	cc, sc := tunnel(t, cfg, func(r *Request) {
 		if mrand.N(10) == 0 {

@@ -198,11 +198,13 @@ func (c *conn) fail(err error) {
 	c.mu.Unlock()
 
 	for _, s := range streams {
+		s.withConn.Store(true)
 		s.finish(err, endsQuietly(err))
 		s.removed()
 	}
 	if err == ErrClosed {
 		for _, s := range late {
+			s.withConn.Store(true)
 			s.finish(err, false)
 		}
 	}

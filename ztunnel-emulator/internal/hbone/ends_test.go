@@ -60,7 +60,7 @@ func TestSlowApplicationBlocksNobody(t *testing.T) {
 	stalled := make([]*path, 6) // with 4 MiB each more than a connection's window
 	for i := range stalled {
 		p := newPath(t, cc, h)
-		p.client.SetReadBuffer(4096)
+		p.takesLittle(t)
 		go p.server.Write(make([]byte, 16<<20))
 		stalled[i] = p
 	}

@@ -197,6 +197,7 @@ func relay(s *Stream, file *os.File) <-chan relayed {
 type path struct {
 	client, server   *net.TCPConn // the applications' ends
 	cStream, sStream *Stream
+	cFile            *os.File // what the client's end relays
 	cDone, sDone     <-chan relayed
 }
 
@@ -215,7 +216,7 @@ func newPath(t testing.TB, cc *ClientConn, h *pathHandler) *path {
 	if err != nil {
 		t.Fatal("open:", err)
 	}
-	p.cStream = s
+	p.cStream, p.cFile = s, file
 	p.cDone = relay(s, file)
 	served := within(t, "the server's stream", h.streams)
 	p.sStream, p.sDone = served.s, served.done

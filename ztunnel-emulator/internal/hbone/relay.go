@@ -105,8 +105,7 @@ func (s *Stream) relayError() error {
 		return nil
 	}
 	var re *ResetError
-	var ce *ConnError
-	if errors.As(s.err, &re) || errors.As(s.err, &ce) || s.err == ErrPingTimeout || s.err == ErrClosed {
+	if s.ended && (s.withConn.Load() || errors.As(s.err, &re)) {
 		return &CopyError{Op: "receive", Err: s.err}
 	}
 	return s.err

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"io"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestHalfClose(t *testing.T) {
@@ -108,6 +110,20 @@ func TestCancel(t *testing.T) {
 	}
 }
 
+// takesLittle makes the kernel hold little for the client's application.
+func (p *path) takesLittle(t *testing.T) {
+	t.Helper()
+	p.client.SetReadBuffer(4096)
+	raw, err := p.cFile.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, 4096) })
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Cancel frees a relay that waits for an application that doesn't read, whether
 // the stream is still open or ended long ago.
 func TestCancelOfStalled(t *testing.T) {
@@ -115,7 +131,7 @@ func TestCancelOfStalled(t *testing.T) {
 		h := newPathHandler(t)
 		cc, _ := tunnel(t, DefaultConfig(), h.handle)
 		p := newPath(t, cc, h)
-		p.client.SetReadBuffer(4096)
+		p.takesLittle(t)
 		sent := make(chan struct{})
 		go func() {
 			defer close(sent)

@@ -32,6 +32,7 @@ type Stream struct {
 
 	answered atomic.Bool // the response headers came, or left
 	stopped  atomic.Bool // nothing may be sent any more
+	withConn atomic.Bool // it ended with its connection
 	appGone  atomic.Bool // the application can't be written to any more
 	sent     atomic.Int64
 	received atomic.Int64
