@@ -33,9 +33,21 @@ func measures() []measure {
 	}
 	return append(all,
 		measure{
-			what: "round trip of 1 KiB, µs", format: "%.1f", base: true,
-			of:  func(r trafficRound) float64 { return 1e6 / r.trips },
+			what: "round trips of 1 KiB a second", format: "%.0f", more: true, base: true,
+			of: func(r trafficRound) float64 { return r.trips },
+		},
+		measure{
+			what: "a round trip, p50, µs", format: "%.1f", base: true,
+			of:  func(r trafficRound) float64 { return r.p50 * 1e6 },
 			aim: func(c comparison) float64 { return c.latency },
+		},
+		measure{
+			what: "a round trip, p99, µs", format: "%.1f", base: true,
+			of: func(r trafficRound) float64 { return r.p99 * 1e6 },
+		},
+		measure{
+			what: "CPU of what relays, µs a round trip", format: "%.1f",
+			of: func(r trafficRound) float64 { return r.tripCPU * 1e6 },
 		},
 		measure{
 			what: "new connections a second, 8 at once", format: "%.0f", more: true, base: true,
@@ -81,7 +93,7 @@ func idleDescriptors(_ comparison, each []float64) (aim, met string) {
 // trafficTable renders the rounds in Markdown, by variant.
 func trafficTable(o trafficOptions, rounds map[string][]trafficRound) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "A pod on each of two nodes; %s, in which all take turns, each number over %v, %d idle connections. Values are medians. The\n", plural(o.rounds, "round"), o.each, o.idle)
+	fmt.Fprintf(&b, "A pod on each of two nodes; %s, in which all take turns, throughput and connections over %v, %d round trips, %d idle connections. Values are medians. The\n", plural(o.rounds, "round"), o.each, o.trips, o.idle)
 	b.WriteString("floor is one thread of epoll and splice in the place of each ztunnel. A ratio is the median of the rounds' own; in brackets are the least and the most.\n")
 	for _, c := range comparisons {
 		if len(rounds[c.measured.name]) == 0 && len(rounds[c.floor.name]) == 0 {

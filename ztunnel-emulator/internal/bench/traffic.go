@@ -16,6 +16,7 @@ type trafficOptions struct {
 	world  string        // the script
 	rounds int           // of all variants in turns
 	each   time.Duration // for each number
+	trips  int           // round trips
 	idle   int           // connections
 	only   string
 }
@@ -23,7 +24,8 @@ type trafficOptions struct {
 func (o *trafficOptions) flags() {
 	flag.StringVar(&o.world, "world", "scripts/world", "the `script` that makes nodes and pods")
 	flag.IntVar(&o.rounds, "traffic-rounds", 5, "how many rounds of traffic, each through all variants")
-	flag.DurationVar(&o.each, "traffic-each", time.Second, "how long to measure each number of traffic")
+	flag.DurationVar(&o.each, "traffic-each", time.Second, "how long to measure throughput, for each number of streams, and connections")
+	flag.IntVar(&o.trips, "traffic-trips", 10000, "how many round trips to measure")
 	flag.IntVar(&o.idle, "traffic-idle", 2000, "how many idle connections to hold")
 	flag.StringVar(&o.only, "traffic-only", "", "only variants whose name has this `word`")
 }
@@ -68,6 +70,8 @@ type trafficRound struct {
 	throughput [len(streams)]float64 // bytes a second
 	cpu        float64               // of what relays, seconds a GiB
 	trips      float64               // round trips a second
+	p50, p99   float64               // of them, seconds
+	tripCPU    float64               // of what relays, seconds for one
 	conns      float64               // new connections a second
 	failed     float64               // of them, in all
 	idle       held
@@ -174,11 +178,16 @@ func (b *bed) carry(ctx context.Context, r *trafficRound, relays []*process) err
 		return err
 	}
 	r.cpu = float64(after-before) / 100 / (moved / (1 << 30))
-	got, err := b.client(ctx, "trips", "1", b.traffic.each.String())
+	got, err := b.client(ctx, "trips", fmt.Sprint(b.traffic.trips))
 	if err != nil {
 		return err
 	}
-	r.trips = got.Count / got.Seconds
+	r.trips, r.p50, r.p99 = got.Count/got.Seconds, got.P50, got.P99
+	afterTrips, err := ticksOf(relays)
+	if err != nil {
+		return err
+	}
+	r.tripCPU = float64(afterTrips-after) / 100 / got.Count
 	got, err = b.client(ctx, "connect", fmt.Sprint(connecting), b.traffic.each.String())
 	if err != nil {
 		return err

@@ -113,7 +113,10 @@ func answerOne(c net.Conn) error {
 }
 
 // tally is what the client says.
-type tally struct{ Count, Seconds, Failed float64 }
+type tally struct {
+	Count, Seconds, Failed float64
+	P50, P99               float64 // seconds of a round trip
+}
 
 // client runs it in its pod.
 func (b *bed) client(ctx context.Context, args ...string) (t tally, err error) {
@@ -124,7 +127,8 @@ func (b *bed) client(ctx context.Context, args ...string) (t tally, err error) {
 	return t, json.Unmarshal(out, &t)
 }
 
-// makeTraffic is `client KIND NUMBER [DURATION]`.
+// makeTraffic is `client KIND NUMBER [DURATION]`. The number is of connections, but
+// for one kind of round trips.
 func makeTraffic(args []string) error {
 	n, err := strconv.Atoi(args[1])
 	if err != nil {
@@ -133,13 +137,16 @@ func makeTraffic(args []string) error {
 	if args[0] == "idle" {
 		return idleConnections(n)
 	}
+	if args[0] == "trips" {
+		return trips(n)
+	}
 	over, err := time.ParseDuration(args[2])
 	if err != nil {
 		return err
 	}
 	var failed atomic.Uint64
 	connects := func(end time.Time) (uint64, error) { return connects(end, &failed) }
-	kind := map[string]func(time.Time) (uint64, error){"stream": stream, "trips": trips, "connect": connects}[args[0]]
+	kind := map[string]func(time.Time) (uint64, error){"stream": stream, "connect": connects}[args[0]]
 	counts, errs := make([]uint64, n), make([]error, n)
 	start := time.Now()
 	var wg sync.WaitGroup
@@ -193,19 +200,24 @@ func stream(end time.Time) (uint64, error) {
 	return sent, nil
 }
 
-// trips returns how many times a KiB went there and back.
-func trips(end time.Time) (n uint64, err error) {
+// trips sends a KiB there and back so many times, one after the other.
+func trips(n int) error {
 	c, err := dialServer(echoPort)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer c.Close()
-	for ; time.Now().Before(end); n++ {
+	times := make(samples, n)
+	start := time.Now()
+	for i := range times {
+		before := time.Now()
 		if err := trip(c); err != nil {
-			return 0, err
+			return err
 		}
+		times[i] = time.Since(before)
 	}
-	return n, nil
+	t := tally{Count: float64(n), Seconds: time.Since(start).Seconds(), P50: times.p50().Seconds(), P99: times.p99().Seconds()}
+	return json.NewEncoder(os.Stdout).Encode(t)
 }
 
 func trip(c net.Conn) error {
