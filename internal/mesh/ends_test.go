@@ -1,6 +1,8 @@
 package mesh
 
 import (
+	"errors"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -160,6 +162,52 @@ func TestDrainMovesSenders(t *testing.T) {
 			t.Errorf("a connection failed: %s", line)
 		}
 	}
+}
+
+// The same without another ztunnel: who is new is refused at once, in the old tunnel
+// and in any other.
+func TestDrainRefusesSenders(t *testing.T) {
+	m := newMesh(t)
+	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
+	server.node.env = append(server.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	m.start(t)
+	server.echoTwice(t)
+	c := client.dial(t, server.at(8080))
+	talks(t, c)
+	server.node.zt.cmd.Process.Signal(unix.SIGTERM)
+	// A request that is on its way when the sender is told is still served.
+	served := 0
+	waitFor(t, "refusal", func() bool {
+		late := client.dial(t, server.at(8080))
+		defer late.Close()
+		n, err := io.WriteString(late, hello)
+		if err == nil {
+			n, err = io.ReadFull(late, make([]byte, 2*len(hello)))
+		}
+		switch {
+		case err == nil:
+			served++
+			return false
+		case n != 0 || !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE):
+			t.Errorf("the refusal is %d bytes and %v, want a reset", n, err)
+		}
+		return true
+	})
+	talks(t, c)
+	c.Close()
+	<-server.node.zt.ended
+
+	soon, soonIn := direct(client, server)
+	long, longIn := soon, soonIn
+	long.sent, long.recv, longIn.sent, longIn.recv = 22, 44, 44, 22
+	refused := soon
+	refused.sent, refused.recv, refused.err = 0, 0, "io error: Connection refused (os error 111)"
+	outs, ins := []any{long, refused}, []any{longIn}
+	for range served {
+		outs, ins = append(outs, soon), append(ins, soonIn)
+	}
+	client.node.says(t, outs...)
+	server.node.says(t, ins...)
 }
 
 // A connection that does not end by the deadline is cut, and its line says so.
