@@ -73,11 +73,12 @@ type netConn struct{ Conn }
 // CloseWrite is for who ends a tunnel gently.
 func (c netConn) CloseWrite() error { return c.closeWrite() }
 
-func (c netConn) LocalAddr() net.Addr  { return c.name(unix.Getsockname) }
-func (c netConn) RemoteAddr() net.Addr { return c.name(unix.Getpeername) }
+func (c netConn) LocalAddr() net.Addr  { return tcpAddr(c.local()) }
+func (c netConn) RemoteAddr() net.Addr { return tcpAddr(c.name(unix.Getpeername)) }
 
-func (c netConn) name(of func(int) (unix.Sockaddr, error)) net.Addr {
-	var addr netip.AddrPort
+func (c netConn) local() netip.AddrPort { return c.name(unix.Getsockname) }
+
+func (c netConn) name(of func(int) (unix.Sockaddr, error)) (addr netip.AddrPort) {
 	c.control(func(fd int) error {
 		sa, err := of(fd)
 		if err == nil {
@@ -85,5 +86,5 @@ func (c netConn) name(of func(int) (unix.Sockaddr, error)) net.Addr {
 		}
 		return err
 	})
-	return net.TCPAddrFromAddrPort(addr)
+	return addr
 }

@@ -25,7 +25,7 @@ func (p *Pod) outbound(fd int) {
 		return
 	}
 	// The port is one of ours and nobody listens there but ourselves.
-	if dst.Addr().IsLoopback() && illegal(dst.Port()) {
+	if dst.Addr().IsLoopback() && illegal(dst.Port()) || p.isOurs(l.src) {
 		l.deny(errRecursive)
 		unix.Close(fd)
 		return
@@ -35,6 +35,34 @@ func (p *Pod) outbound(fd int) {
 		return
 	}
 	p.relayTo(&l, fd, dst, netip.Addr{}, nil)
+}
+
+// The mark that the pods' rules know, and let pass (sockets.md, section 3).
+const (
+	rulesMark = 0x539
+	rulesMask = 0xfff
+)
+
+// isOurs tells whether a connection that has come from src is one that we have made,
+// and the rules have brought back because it does not bear their mark. The real
+// ztunnel serves it, and thus itself, until it is out of descriptors.
+func (p *Pod) isOurs(src netip.AddrPort) bool {
+	if p.config.Mark&rulesMask == rulesMark {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s := range p.open {
+		if s.onward.File != nil && (netConn{s.onward}).local() == src {
+			return true
+		}
+	}
+	for t := range p.tunnels {
+		if t.local() == src {
+			return true
+		}
+	}
+	return false
 }
 
 // inboundPassthrough serves what the pod's rules have redirected to 15006, and

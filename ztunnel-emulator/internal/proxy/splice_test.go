@@ -37,6 +37,9 @@ func TestSmallPiecesTakeNoPipe(t *testing.T) {
 	closePipes()
 	exchange(1<<10, 100)
 	expect("small pieces again", 0)
+	r.client.Close()
+	r.server.Close()
+	r.wait(t)
 }
 
 // openPipes returns how many descriptors this process has of pipes, lent or not.
