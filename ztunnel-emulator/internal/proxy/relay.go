@@ -53,10 +53,11 @@ type Counts struct {
 
 // relay is two directions between two connections.
 type relay struct {
-	counts      Counts
-	there, back error
-	left        atomic.Int32 // directions that have not ended
-	done        func(Counts, error)
+	counts       Counts
+	there, back  error
+	aShut, bShut atomic.Bool  // we have sent a FIN there
+	left         atomic.Int32 // directions that have not ended
+	done         func(Counts, error)
 }
 
 // Relay copies between a and b until both directions have ended, and calls done
@@ -74,12 +75,12 @@ func Relay(a, b Conn, done func(Counts, error)) {
 }
 
 func (r *relay) forth(a, b Conn) {
-	r.there = relayOne(a, b, &r.counts.Sent)
+	r.there = relayOne(a, b, &r.counts.Sent, &r.aShut, &r.bShut)
 	r.end()
 }
 
 func (r *relay) andBack(a, b Conn) {
-	r.back = relayOne(b, a, &r.counts.Received)
+	r.back = relayOne(b, a, &r.counts.Received, &r.bShut, &r.aShut)
 	r.end()
 }
 
@@ -100,10 +101,17 @@ func firstOf(a, b error) error {
 	return a
 }
 
-// relayOne is one direction, from its first byte to its FIN.
-func relayOne(from, to Conn, n *int64) error {
+// relayOne is one direction, from its first byte to its FIN. fromShut and toShut
+// tell whether a FIN has been sent to either.
+func relayOne(from, to Conn, n *int64, fromShut, toShut *atomic.Bool) error {
 	err := copyBytes(from, to, n)
+	if err == nil && !fromShut.Load() && from.isClosed() {
+		// No FIN came but a reset, of which the kernel tells only once: it has told
+		// the other direction, which was sending.
+		err = &CopyError{Op: "receive", Err: unix.ECONNRESET}
+	}
 	if err == nil {
+		toShut.Store(true)
 		// FIN came: pass it on. A peer that is gone already needs none.
 		if err = to.closeWrite(); errors.Is(err, unix.ENOTCONN) {
 			err = nil
@@ -123,6 +131,19 @@ func relayOne(from, to Conn, n *int64) error {
 	abort(from)
 	abort(to)
 	return err
+}
+
+// isClosed tells whether nothing is left of the connection in the kernel. As long as
+// we have not ended our half, only a reset can have done that.
+func (c Conn) isClosed() bool {
+	const tcpClose = 7 // TCP_CLOSE of tcp_states.h
+	closed := false
+	c.control(func(fd int) error {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		closed = err == nil && info.State == tcpClose
+		return err
+	})
+	return closed
 }
 
 // abort wakes whoever waits at c.

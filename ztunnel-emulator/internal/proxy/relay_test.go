@@ -315,3 +315,32 @@ func closePipes() {
 	}
 	pipes.free = nil
 }
+
+// A server that resets while the client writes: whichever of the relay's two
+// directions the kernel tells, the client must not take it for an end. It, too, is
+// told only once.
+func TestResetIsNeverAnEnd(t *testing.T) {
+	for i := range 300 {
+		r := startRelay(t)
+		wrote := make(chan error, 1)
+		go func() {
+			var err error
+			for range 20 {
+				if _, err = r.client.Write(make([]byte, 100)); err != nil {
+					break
+				}
+			}
+			wrote <- err
+		}()
+		if _, err := io.ReadFull(r.server, make([]byte, 1+i%200)); err != nil {
+			t.Fatal(err)
+		}
+		r.server.SetLinger(0)
+		r.server.Close()
+		writeErr := <-wrote
+		if _, err := r.client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) && !errors.Is(writeErr, unix.ECONNRESET) {
+			t.Fatalf("round %d: the client has written with %v and reads %v, want a reset", i, writeErr, err)
+		}
+		r.wait(t)
+	}
+}
