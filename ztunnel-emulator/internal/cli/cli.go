@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -143,6 +144,9 @@ Exit codes:
 			case len(args) > 0 && cmd.Flags().Changed("inpod-uds"):
 				return usageError{errors.New("either listen on <uds_path> or dial --inpod-uds, not both")}
 			}
+			if flag := changed(cmd, "local-xds", "ca-cert", "ca-key", "ca-dir", "resolv-conf", "trace-zds"); len(args) > 0 && flag != "" {
+				return usageError{fmt.Errorf("--%s is for --inpod-uds; with <uds_path> everything is carried in the clear", flag)}
+			}
 			if len(args) > 0 && strings.HasPrefix(args[0], "/var/run/netns/") {
 				return usageError{fmt.Errorf("%s is a place for namespaces, not for a socket; cni-emulator is the one that takes a namespace", args[0])}
 			}
@@ -180,6 +184,15 @@ Exit codes:
 		return nil, cobra.ShellCompDirectiveDefault
 	}
 	return root
+}
+
+// changed returns the first of the flags that the call has, or "".
+func changed(cmd *cobra.Command, flags ...string) string {
+	i := slices.IndexFunc(flags, cmd.Flags().Changed)
+	if i < 0 {
+		return ""
+	}
+	return flags[i]
 }
 
 // newCompletion prints a shell's completion script. cobra has such a command of

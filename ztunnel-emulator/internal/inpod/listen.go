@@ -90,24 +90,33 @@ func listenTCP(addr netip.AddrPort) (int, error) {
 	if err != nil {
 		return -1, os.NewSyscallError("socket", err)
 	}
+	if err := bindTCP(fd, addr); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+func bindTCP(fd int, addr netip.AddrPort) error {
 	// Connections of an earlier run may linger in TIME_WAIT on the port (tcp(7)).
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		unix.Close(fd)
-		return -1, os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+	}
+	// For what rules bring. Accepted connections inherit both.
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+		return os.NewSyscallError("setsockopt TCP_NODELAY", err)
+	}
+	if err := proxy.DefaultKeepAlive().Set(fd); err != nil {
+		return err
 	}
 	// For TPROXY, whose packets are for other addresses than ours (ip(7)), and so
 	// that the application may see who calls. It takes CAP_NET_ADMIN; without that
 	// the pod is served all the same, and only not captured by TPROXY.
 	unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
 	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}); err != nil {
-		unix.Close(fd)
-		return -1, os.NewSyscallError("bind", err)
+		return os.NewSyscallError("bind", err)
 	}
-	if err := unix.Listen(fd, backlog); err != nil {
-		unix.Close(fd)
-		return -1, os.NewSyscallError("listen", err)
-	}
-	return fd, nil
+	return os.NewSyscallError("listen", unix.Listen(fd, backlog))
 }
 
 // loopbackUp tells whether lo is up in the namespace that the socket belongs

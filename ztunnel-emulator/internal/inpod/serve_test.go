@@ -191,6 +191,30 @@ func TestDescriptorsOfAPod(t *testing.T) {
 	}
 }
 
+// What the seed's listeners accept is fit to be relayed: nothing waits for an ACK,
+// and a peer that has gone is noticed.
+func TestAcceptedInheritsOptions(t *testing.T) {
+	ns := netnstest.New(t)
+	m, err := listen(ns, Addrs(), listenTCP, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll(m.sockets)
+	for _, s := range m.sockets {
+		if err := unix.Connect(clientIn(t, ns), &unix.SockaddrInet4{Port: int(s.port), Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+			t.Fatal(err)
+		}
+		acceptAll(s.fd, func(fd int) {
+			defer unix.Close(fd)
+			for name, o := range map[string][2]int{"TCP_NODELAY": {unix.IPPROTO_TCP, unix.TCP_NODELAY}, "SO_KEEPALIVE": {unix.SOL_SOCKET, unix.SO_KEEPALIVE}} {
+				if v, err := unix.GetsockoptInt(fd, o[0], o[1]); v == 0 || err != nil {
+					t.Errorf("%d: %s is %d, %v", s.port, name, v, err)
+				}
+			}
+		})
+	}
+}
+
 // Many handoffs of one namespace at once are one start and many successes.
 func TestOneNamespaceManySenders(t *testing.T) {
 	z := start(t)
