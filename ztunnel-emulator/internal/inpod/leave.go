@@ -113,7 +113,9 @@ func chosen(p *pod, fd int, port uint16, handle func(conn int)) bool {
 	}); err != nil {
 		return false
 	}
+	// By a reset: who gets it instead of us finds it gone, and has nothing to say.
 	defer unix.Close(probe)
+	unix.SetsockoptLinger(probe, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	// Within one namespace, over lo, the handshake is over when connect returns,
 	// even if that says EINPROGRESS. With lo down there is no telling.
 	err := unix.Connect(probe, &unix.SockaddrInet4{Port: int(port), Addr: [4]byte{127, 0, 0, 1}})

@@ -2,6 +2,8 @@ package inpod
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -46,6 +48,32 @@ func TestStepAside(t *testing.T) {
 			t.Errorf("%d members, number %d steps aside: it gets %d of 100 connections, want %d", tt.members, tt.leaver, kept, tt.want)
 		}
 		closeFDs(group)
+	}
+}
+
+// How a leaver finds out whether it is alone is no news to the next one, or at most
+// now and then: where that is quicker.
+func TestLeaveLeavesNoLines(t *testing.T) {
+	older, said := newMachine(t), &countingHandler{Handler: slog.NewTextHandler(io.Discard, nil)}
+	config := *proxyDefaults
+	config.Log = slog.New(said)
+	w, err := NewWorkloads(defaults, &config, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := machine{w, t}
+	const many = 20
+	for i := range many {
+		ns, uid := netnstest.New(t), fmt.Sprint("u", i)
+		older.must(older.add(uid, ns))
+		newer.must(newer.add(uid, ns))
+	}
+	older.engine.drain(running(older), 5*time.Second)
+	if err := w.Close(0); err != nil {
+		t.Error(err)
+	}
+	if n := said.warnings.Load(); n > many/2 {
+		t.Errorf("%d lines", n)
 	}
 }
 
