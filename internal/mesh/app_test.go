@@ -33,10 +33,7 @@ func (p place) connect(to netip.AddrPort) (*net.TCPConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	timeout := unix.NsecToTimeval(patience.Nanoseconds())
-	if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err == nil {
-		err = os.NewSyscallError("connect", unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}))
-	}
+	err = connectSocket(fd, to)
 	f := os.NewFile(uintptr(fd), "connection")
 	defer f.Close() // FileConn has a descriptor of its own
 	if err != nil {
@@ -48,6 +45,25 @@ func (p place) connect(to netip.AddrPort) (*net.TCPConn, error) {
 	}
 	c.SetDeadline(time.Now().Add(patience))
 	return c.(*net.TCPConn), nil
+}
+
+// connectSocket connects a blocking socket, which also gets its timeouts.
+func connectSocket(fd int, to netip.AddrPort) error {
+	timeout := unix.NsecToTimeval(patience.Nanoseconds())
+	for _, option := range []int{unix.SO_SNDTIMEO, unix.SO_RCVTIMEO} {
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, option, &timeout); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
+	sa := &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	err := unix.Connect(fd, sa)
+	for err == unix.EINTR { // a signal of the Go runtime's; the connect goes on
+		err = unix.Connect(fd, sa)
+	}
+	if err == unix.EISCONN {
+		err = nil
+	}
+	return os.NewSyscallError("connect", err)
 }
 
 // dial connects, which must go well. The connection is closed with the test.

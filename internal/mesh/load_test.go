@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -135,10 +134,7 @@ func connectAll(t *testing.T, from, to *pod, n int) []int {
 			for i := worker; i < n; i += 16 {
 				fd, err := from.socket()
 				if err == nil {
-					timeout := unix.NsecToTimeval(patience.Nanoseconds())
-					unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout)
-					unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout)
-					err = os.NewSyscallError("connect", unix.Connect(fd, &unix.SockaddrInet4{Port: 8080, Addr: to.ip.As4()}))
+					err = connectSocket(fd, to.at(8080))
 				}
 				conns[i] = fd
 				if err != nil {
@@ -150,6 +146,9 @@ func connectAll(t *testing.T, from, to *pod, n int) []int {
 		})
 	}
 	wg.Wait()
+	if t.Failed() {
+		t.FailNow() // a word for each of the others says nothing more
+	}
 	return conns
 }
 
