@@ -31,7 +31,7 @@ demo-mesh: build ## show pods in mutual TLS, with identities, a service and a po
 log: build ## write LOG.md anew (ARGS=--check compares only)
 	@scripts/log $(ARGS)
 
-bench: ## measure the handoff over 1,000 namespaces, and what is relayed
+bench: ## measure the handoff over 1,000 namespaces, what is relayed, and the mesh
 	@scripts/bench/run $(ARGS)
 
 # Never on a live node: scripts/conformance -h says why.

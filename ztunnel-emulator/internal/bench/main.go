@@ -1,8 +1,9 @@
 // Command bench measures a handoff, on the seed's wire and on ZDS, against its
-// floor, the bare system calls; and captured traffic against its floor, one
-// thread that splices. It prints tables; scripts/bench/run builds what it needs
-// and runs it in a private world. Floor and measured rounds take turns in the
-// same run, so that a noisy machine disturbs both alike.
+// floor, the bare system calls; captured traffic against its floor, one thread
+// that splices; and the mesh against its limit, a relay on crypto/tls. It prints
+// tables; scripts/bench/run builds what it needs and runs it in a private world.
+// Floor and measured rounds take turns in the same run, so that a noisy machine
+// disturbs both alike.
 //
 // It is a benchmark, not a test: an aim that is missed is printed, and the exit
 // code is 0.
@@ -16,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,7 +39,7 @@ type options struct {
 
 	idle time.Duration // to watch the two programs do nothing
 
-	part    string // all, handoff or traffic
+	part    string // all, handoff, traffic or mesh
 	traffic trafficOptions
 }
 
@@ -62,7 +64,7 @@ func main() {
 	flag.IntVar(&o.loads, "loads", 5, "how many rounds of all pods to a ztunnel-emulator, for each number of senders and in a snapshot")
 	flag.IntVar(&o.inTurns, "turns", 10, "how many of a kind are measured before the next kind has its turn")
 	flag.DurationVar(&o.idle, "idle", 5*time.Second, "how long to watch the two programs do nothing")
-	flag.StringVar(&o.part, "part", "all", "what to measure: `handoff, traffic` or all")
+	flag.StringVar(&o.part, "part", "all", "what to measure: `handoff, traffic, mesh` or all")
 	o.traffic.flags()
 	flag.Parse()
 
@@ -83,26 +85,32 @@ func run(ctx context.Context, o options) error {
 	if os.Getenv("PRIVATE_WORLD") == "" {
 		return errors.New("this makes thousands of namespaces: run it with scripts/bench/run, in a world of its own")
 	}
+	if !slices.Contains([]string{"all", "handoff", "traffic", "mesh"}, o.part) {
+		return fmt.Errorf("there is no part %q", o.part)
+	}
 	if err := os.MkdirAll(o.dir, 0o700); err != nil {
 		return err
 	}
 	tables := ""
-	if o.part != "traffic" {
-		table, err := runHandoffs(ctx, o)
-		if err != nil {
-			return err
+	for _, part := range []struct {
+		name, title string
+		measure     func(context.Context, options) (string, error)
+	}{
+		{"handoff", "What a handoff costs", runHandoffs},
+		{"traffic", "What relaying costs", runTraffic},
+		{"mesh", "What the mesh costs", runMesh},
+	} {
+		if o.part != "all" && o.part != part.name {
+			continue
 		}
-		tables += "## What a handoff costs\n\n" + table
-	}
-	if o.part != "handoff" {
-		table, err := runTraffic(ctx, o)
+		table, err := part.measure(ctx, o)
 		if err != nil {
 			return err
 		}
 		if tables != "" {
 			tables += "\n"
 		}
-		tables += "## What relaying costs\n\n" + table
+		tables += "## " + part.title + "\n\n" + table
 	}
 	fmt.Print(tables)
 	if o.results == "" {

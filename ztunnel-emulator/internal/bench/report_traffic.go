@@ -19,7 +19,8 @@ type measure struct {
 	more   bool                     // is better
 	aim    func(comparison) float64 // of the ratio to the floor; nil for none
 	apart  func(comparison, []float64) (aim, verdict string)
-	base   bool // no mesh has it, too
+	base   bool   // no mesh has it, too
+	reach  string // behind the aim
 }
 
 func measures() []measure {
@@ -28,7 +29,7 @@ func measures() []measure {
 		all = append(all, measure{
 			what: "throughput, " + plural(n, "stream") + ", GiB/s", format: "%.2f", more: true, base: true,
 			of:  func(r trafficRound) float64 { return r.throughput[i] / (1 << 30) },
-			aim: func(c comparison) float64 { return c.throughput },
+			aim: func(c comparison) float64 { return c.throughput }, reach: ", reach for 1",
 		})
 	}
 	return append(all,
@@ -100,14 +101,14 @@ func trafficTable(o trafficOptions, rounds map[string][]trafficRound) string {
 			continue
 		}
 		b.WriteString("\n")
-		b.WriteString(markdown(c.rows(rounds)))
+		b.WriteString(markdown(c.rows([]string{"captured: " + c.name, noMesh.name, "floor", "ztunnel", "ratio to the floor", "aim", ""}, measures(), rounds)))
 	}
 	return b.String()
 }
 
-func (c comparison) rows(rounds map[string][]trafficRound) [][]string {
-	rows := [][]string{{"captured: " + c.name, noMesh.name, "floor", "ztunnel", "ratio to the floor", "aim", ""}}
-	for _, m := range measures() {
+func (c comparison) rows(head []string, measures []measure, rounds map[string][]trafficRound) [][]string {
+	rows := [][]string{head}
+	for _, m := range measures {
 		values := func(v variant) []float64 { return column(rounds[v.name], m.of) }
 		middle := func(each []float64) string {
 			if len(each) == 0 {
@@ -142,7 +143,7 @@ func (c comparison) rows(rounds map[string][]trafficRound) [][]string {
 
 func ratioVerdict(m measure, aim, ratio float64) (text, met string) {
 	if m.more {
-		return fmt.Sprintf("≥ %g, reach for 1", aim), verdict(ratio >= aim)
+		return fmt.Sprintf("≥ %g", aim) + m.reach, verdict(ratio >= aim)
 	}
 	return fmt.Sprintf("≤ %g", aim), verdict(ratio <= aim)
 }

@@ -75,6 +75,9 @@ type trafficRound struct {
 	conns      float64               // new connections a second
 	failed     float64               // of them, in all
 	idle       held
+	// With a mesh: the same where each connection has a tunnel of its own.
+	connsApart float64
+	idleApart  held
 }
 
 // held is what one idle connection costs, on the average.
@@ -110,7 +113,10 @@ func runTraffic(ctx context.Context, o options) (table string, err error) {
 func (b *bed) round(ctx context.Context, v variant) (r trafficRound, err error) {
 	err = b.standing(ctx, v, func(relays []*process) error { return b.carry(ctx, &r, relays) })
 	if err == nil && v.relays() {
-		err = b.standing(ctx, v, func(relays []*process) error { return b.hold(ctx, &r, relays) })
+		err = b.standing(ctx, v, func(relays []*process) (err error) {
+			r.idle, err = b.hold(ctx, b.traffic.idle, relays)
+			return err
+		})
 	}
 	return r, err
 }
@@ -119,10 +125,13 @@ func (b *bed) round(ctx context.Context, v variant) (r trafficRound, err error) 
 // world that was used before, connection tracking knows ports from another time
 // and treats who has them next as it did then.
 func (b *bed) standing(ctx context.Context, v variant, f func(relays []*process) error) (err error) {
-	if err := b.world(ctx, "up", "--nodes", "2", "--pods", "1"); err != nil {
+	if _, err := b.world(ctx, "up", "--nodes", "2", "--pods", "1"); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, b.world(context.Background(), "down")) }()
+	defer func() {
+		_, derr := b.world(context.Background(), "down")
+		err = errors.Join(err, derr)
+	}()
 	server, err := b.start(ctx, serverSide.pod(), "server", b.self, "server")
 	if err != nil {
 		return err
@@ -150,12 +159,13 @@ func (b *bed) standing(ctx context.Context, v variant, f func(relays []*process)
 	return err
 }
 
-func (b *bed) world(ctx context.Context, args ...string) error {
+// world runs the script and returns what it says.
+func (b *bed) world(ctx context.Context, args ...string) ([]byte, error) {
 	out, err := exec.CommandContext(ctx, b.traffic.world, args...).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("%s %s: %w: %s", b.traffic.world, args[0], err, out)
+		err = fmt.Errorf("%s %s: %w: %s", b.traffic.world, args[0], err, out)
 	}
-	return nil
+	return out, err
 }
 
 // carry measures everything that moves.
@@ -196,24 +206,24 @@ func (b *bed) carry(ctx context.Context, r *trafficRound, relays []*process) err
 	return nil
 }
 
-// hold measures what connections cost that have carried a little and carry
+// hold measures what n connections cost, each, that have carried a little and carry
 // nothing now.
-func (b *bed) hold(ctx context.Context, r *trafficRound, relays []*process) error {
+func (b *bed) hold(ctx context.Context, n int, relays []*process) (held, error) {
 	before, err := lookAt(relays)
 	if err != nil {
-		return err
+		return held{}, err
 	}
-	cmd := b.command(ctx, clientSide.pod(), b.self, "client", "idle", fmt.Sprint(b.traffic.idle))
+	cmd := b.command(ctx, clientSide.pod(), b.self, "client", "idle", fmt.Sprint(n))
 	in, err1 := cmd.StdinPipe()
 	out, err2 := cmd.StdoutPipe()
 	if err := errors.Join(err1, err2); err != nil {
-		return err
+		return held{}, err
 	}
 	if err := cmd.Start(); err != nil {
-		return err
+		return held{}, err
 	}
 	if _, err = out.Read(make([]byte, 1)); err != nil {
-		err = fmt.Errorf("the client has not opened %d connections: %w", b.traffic.idle, err)
+		err = fmt.Errorf("the client has not opened %d connections: %w", n, err)
 	}
 	var after usage
 	if err == nil {
@@ -221,12 +231,11 @@ func (b *bed) hold(ctx context.Context, r *trafficRound, relays []*process) erro
 	}
 	in.Close()
 	if err := errors.Join(err, cmd.Wait()); err != nil {
-		return err
+		return held{}, err
 	}
 	added := after.minus(before)
-	n := float64(b.traffic.idle * len(relays))
-	r.idle = held{resident: float64(added.resident) / n, files: float64(added.files) / n}
-	return nil
+	each := float64(n * len(relays))
+	return held{resident: float64(added.resident) / each, files: float64(added.files) / each}, nil
 }
 
 func ticksOf(relays []*process) (sum int, err error) {

@@ -24,6 +24,7 @@ var inPod = map[string]func(args []string) error{
 	"server": serveTraffic,
 	"client": makeTraffic,
 	"relay":  relayFloor,
+	"limit":  relayLimit,
 }
 
 // The server's ports.
@@ -145,13 +146,16 @@ func makeTraffic(args []string) error {
 		return err
 	}
 	var failed atomic.Uint64
-	connects := func(end time.Time) (uint64, error) { return connects(end, &failed) }
-	kind := map[string]func(time.Time) (uint64, error){"stream": stream, "connect": connects}[args[0]]
+	kind := map[string]func(int, time.Time) (uint64, error){
+		"stream":        func(_ int, end time.Time) (uint64, error) { return stream(end) },
+		"connect":       func(_ int, end time.Time) (uint64, error) { return connects(serverAddr, end, &failed) },
+		"connect-apart": func(i int, end time.Time) (uint64, error) { return connects(apartAddr(i), end, &failed) },
+	}[args[0]]
 	counts, errs := make([]uint64, n), make([]error, n)
 	start := time.Now()
 	var wg sync.WaitGroup
 	for i := range n {
-		wg.Go(func() { counts[i], errs[i] = kind(start.Add(over)) })
+		wg.Go(func() { counts[i], errs[i] = kind(i, start.Add(over)) })
 	}
 	wg.Wait()
 	t := tally{Seconds: time.Since(start).Seconds(), Failed: float64(failed.Load())}
@@ -161,10 +165,12 @@ func makeTraffic(args []string) error {
 	return errors.Join(append(errs, json.NewEncoder(os.Stdout).Encode(t))...)
 }
 
-func dialServer(port int) (*net.TCPConn, error) {
+func dialServer(port int) (*net.TCPConn, error) { return dial(serverAddr, port) }
+
+func dial(addr string, port int) (*net.TCPConn, error) {
 	dialer := net.Dialer{}
 	dialer.SetMultipathTCP(false)
-	c, err := dialer.Dial("tcp", net.JoinHostPort(serverAddr, strconv.Itoa(port)))
+	c, err := dialer.Dial("tcp", net.JoinHostPort(addr, strconv.Itoa(port)))
 	if err != nil {
 		return nil, err
 	}
@@ -229,11 +235,11 @@ func trip(c net.Conn) error {
 	return err
 }
 
-// connects returns how many connections there were, one after the other. One
+// connects returns how many connections to addr there were, one after the other. One
 // that fails is counted apart: it shall not cost the run.
-func connects(end time.Time, failed *atomic.Uint64) (n uint64, err error) {
+func connects(addr string, end time.Time, failed *atomic.Uint64) (n uint64, err error) {
 	for time.Now().Before(end) {
-		if err := connectOnce(); err != nil {
+		if err := connectOnce(addr); err != nil {
 			fmt.Fprintln(os.Stderr, "client:", err)
 			failed.Add(1)
 			continue
@@ -247,8 +253,8 @@ func connects(end time.Time, failed *atomic.Uint64) (n uint64, err error) {
 const connectTimeout = time.Second
 
 // connectOnce leaves no TIME_WAIT on the client's side: the server closes first.
-func connectOnce() error {
-	c, err := dialServer(onePort)
+func connectOnce(addr string) error {
+	c, err := dial(addr, onePort)
 	if err != nil {
 		return err
 	}

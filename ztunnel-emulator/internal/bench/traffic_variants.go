@@ -73,7 +73,13 @@ func (b *bed) chosen() []variant {
 
 // startZtunnel captures the pod of a side with the two programs, one of each on
 // the node.
-func startZtunnel(ctx context.Context, b *bed, s side) (_ *standing, err error) {
+func startZtunnel(ctx context.Context, b *bed, s side) (*standing, error) {
+	return startPair(ctx, b, s, nil)
+}
+
+// startPair is startZtunnel, with what ztunnel shall have in its environment and as
+// flags besides.
+func startPair(ctx context.Context, b *bed, s side, env []string, flags ...string) (_ *standing, err error) {
 	st := &standing{}
 	defer func() {
 		if err != nil {
@@ -89,7 +95,8 @@ func startZtunnel(ctx context.Context, b *bed, s side) (_ *standing, err error) 
 	if _, err := agent.await("listening for verbs"); err != nil {
 		return nil, err
 	}
-	st.relay, err = b.start(ctx, s.node(), "ztunnel", b.ztunnel, "--inpod-uds", zds)
+	ztunnel := append(append([]string{"env"}, env...), b.ztunnel, "--inpod-uds", zds)
+	st.relay, err = b.start(ctx, s.node(), "ztunnel", append(ztunnel, flags...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -97,7 +104,7 @@ func startZtunnel(ctx context.Context, b *bed, s side) (_ *standing, err error) 
 	if _, err := agent.await("snapshot sent"); err != nil {
 		return nil, err
 	}
-	if err := b.command(ctx, s.node(), b.cni, "add", s.pod(), "--netns", pathOf(s.pod()), "--control-uds", control).Run(); err != nil {
+	if err := b.command(ctx, s.node(), b.cni, "add", s.pod(), "--service-account", s.pod(), "--netns", pathOf(s.pod()), "--control-uds", control).Run(); err != nil {
 		return nil, fmt.Errorf("add %s: %w", s.pod(), err)
 	}
 	st.undo = append(st.undo, func() error {
@@ -108,14 +115,19 @@ func startZtunnel(ctx context.Context, b *bed, s side) (_ *standing, err error) 
 }
 
 // startFloor captures the pod of a side with the same rules, for the floor.
-func startFloor(ctx context.Context, b *bed, s side) (_ *standing, err error) {
+func startFloor(ctx context.Context, b *bed, s side) (*standing, error) {
+	return startInPod(ctx, b, s, "relay")
+}
+
+// startInPod captures the pod of a side for a part of this program.
+func startInPod(ctx context.Context, b *bed, s side, part string, args ...string) (_ *standing, err error) {
 	st := &standing{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, st.stop())
 		}
 	}()
-	if st.relay, err = b.start(ctx, s.pod(), "floor", b.self, "relay"); err != nil {
+	if st.relay, err = b.start(ctx, s.pod(), part, append([]string{b.self, part}, args...)...); err != nil {
 		return nil, err
 	}
 	st.undo = append(st.undo, st.relay.stop)
