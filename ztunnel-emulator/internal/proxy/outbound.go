@@ -230,7 +230,12 @@ func closeAfter(c Conn, err error) {
 }
 
 // String names the pod in logs.
-func (i Identity) String() string { return i.Namespace + "/" + i.Name }
+func (i Identity) String() string {
+	if i == (Identity{}) {
+		return "unnamed"
+	}
+	return i.Namespace + "/" + i.Name
+}
 
 // osError words an error as the real ztunnel's log does: `Connection refused (os
 // error 111)`.

@@ -55,11 +55,12 @@ type Pod struct {
 	// has redirected. It is the seed's; otherwise such a call is a loop.
 	unredirected func(fd int)
 
-	dns      *dns.Forwarder
-	ctx      context.Context // ends with the pod
-	end      context.CancelFunc
-	wg       sync.WaitGroup // every goroutine that deals with this pod's traffic
-	sayNoSrc sync.Once
+	dns *dns.Forwarder
+	ctx context.Context // ends with the pod
+	end context.CancelFunc
+	wg  sync.WaitGroup // every goroutine that deals with this pod's traffic
+
+	sayNoSrc, sayNoMark sync.Once
 
 	pool *hbone.Pool // tunnels to others; nil without a mesh
 

@@ -148,7 +148,7 @@ func (r *receiver) receive(req *hbone.Request) {
 		}
 		app.reset()
 		p.forget(s)
-		l.complete(Counts{}, err)
+		l.complete(Counts{}, s.why(err))
 		return
 	}
 	c, err := stream.Relay(app.File)

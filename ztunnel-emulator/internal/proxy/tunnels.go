@@ -135,7 +135,7 @@ func (p *Pod) tunnelled(s *session, stream *hbone.Stream) error {
 	p.mu.Lock()
 	cause, closed := s.cause.Load(), p.closed
 	if cause == nil && !closed {
-		s.stream = stream
+		s.stream, s.cancel = stream, nil // which was for until there is one
 	}
 	p.mu.Unlock()
 	if cause == nil && !closed {
