@@ -122,7 +122,7 @@ func serveAll(l server, f func(c *net.TCPConn), done chan<- struct{}) {
 
 // echo says everything back, and then ends too.
 func echo(c *net.TCPConn) {
-	io.Copy(c, c)
+	io.Copy(struct{ io.Writer }{c}, c) // not by splice(2), whose pipes stay until they are collected
 	c.CloseWrite()
 }
 
