@@ -501,3 +501,25 @@ func TestHandshakeLine(t *testing.T) {
 		t.Error(line)
 	}
 }
+
+// A crowd that connects and says nothing has its limit, and leaves no trace.
+func TestCrowdOfHandshakes(t *testing.T) {
+	w := newWorld(t)
+	w.tunnels(t)
+	w.echo(t)
+	crowd := make([]*net.TCPConn, mostHandshakes)
+	for i := range crowd {
+		crowd[i] = dial(t, serverIP+":15008")
+	}
+	waitFor(t, "a crowd", func() bool { return w.server.handshakes.Load() == mostHandshakes })
+	late := dial(t, serverIP+":15008")
+	if _, err := late.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("one too many reads %v", err)
+	}
+	w.said.with(t, "too many handshakes")
+	for _, c := range crowd {
+		c.Close()
+	}
+	waitFor(t, "their leaving", func() bool { return w.server.handshakes.Load() == 0 })
+	talk(t, dial(t, vip))
+}

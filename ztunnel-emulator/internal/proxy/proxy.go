@@ -60,7 +60,9 @@ type Pod struct {
 	end context.CancelFunc
 	wg  sync.WaitGroup // every goroutine that deals with this pod's traffic
 
-	sayNoSrc, sayNoMark sync.Once
+	sayNoSrc, sayNoMark, sayCrowded sync.Once
+
+	handshakes atomic.Int32 // under way at 15008
 
 	pool *hbone.Pool // tunnels to others; nil without a mesh
 

@@ -19,8 +19,22 @@ import (
 	"ambient-emulator/ztunnel-emulator/internal/workload"
 )
 
+// mostHandshakes is how many peers of a pod may be in their TLS handshake at once.
+// Who connects and says nothing costs a descriptor for ten seconds; a crowd of those
+// must not cost all there are.
+const mostHandshakes = 512
+
 // inbound serves a connection to 15008, and takes it over: a tunnel.
 func (p *Pod) inbound(fd int) {
+	if p.handshakes.Add(1) > mostHandshakes {
+		p.handshakes.Add(-1)
+		resetFD(fd)
+		p.sayCrowded.Do(func() {
+			p.config.Log.Warn("too many handshakes at once, some are refused", "pod", p.String(), "most", mostHandshakes)
+		})
+		return
+	}
+	defer p.handshakes.Add(-1)
 	l := line{pod: p, began: time.Now()}
 	peer, err := unix.Getpeername(fd)
 	if err != nil {

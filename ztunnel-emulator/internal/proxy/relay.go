@@ -213,8 +213,9 @@ func copyOnce(from, to Conn) (n int, err error) {
 	case n == 0:
 		return 0, io.EOF
 	}
-	if _, err := to.Write((*buf)[:n]); err != nil {
-		return 0, copyError("send", err)
+	n, err = to.Write((*buf)[:n]) // what it wrote before an error counts
+	if err != nil {
+		return n, copyError("send", err)
 	}
 	return n, nil
 }
