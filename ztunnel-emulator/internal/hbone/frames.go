@@ -8,6 +8,7 @@ import (
 
 // readFrame takes one frame that is no DATA.
 func (c *conn) readFrame() error {
+	c.in.headers = 0
 	f, err := c.fr.ReadFrame()
 	var se http2.StreamError
 	var ce http2.ConnectionError
@@ -122,14 +123,22 @@ func (c *conn) peerSettings(f *http2.SettingsFrame) error {
 	if err := c.calm.control(); err != nil {
 		return err
 	}
-	if err := f.ForeachSetting(c.setting); err != nil {
+	// Whoever may send more from now on sends our acknowledgement first: a strict peer
+	// counts by its own settings until that comes.
+	c.ctlMu.Lock()
+	err := f.ForeachSetting(c.setting)
+	if err == nil {
+		c.ctlFr.WriteSettingsAck()
+	}
+	c.ctlMu.Unlock()
+	if err != nil {
 		var ce http2.ConnectionError
 		if errors.As(err, &ce) {
 			return protocolError(http2.ErrCode(ce), "SETTINGS")
 		}
 		return err
 	}
-	c.control(func(fr *http2.Framer) { fr.WriteSettingsAck() })
+	c.control(func(*http2.Framer) {})
 	return nil
 }
 

@@ -15,7 +15,12 @@ type reader struct {
 	from io.Reader // TLS above wire, or wire itself
 	buf  *[]byte
 	r, w int
+
+	headers int // that the Framer has read since a frame began: one, and those of CONTINUATIONs
 }
+
+// maxHeaders is more CONTINUATIONs than honest headers need, of 16 KiB each.
+const maxHeaders = 20
 
 // more reads at least one byte behind what is there, and all that can be had
 // without asking the kernel again.
@@ -92,6 +97,11 @@ func (b *reader) peek(n int) ([]byte, error) {
 
 // Read is for the Framer.
 func (b *reader) Read(p []byte) (int, error) {
+	if len(p) == frameHeader {
+		if b.headers++; b.headers > maxHeaders {
+			return 0, protocolError(http2.ErrCodeEnhanceYourCalm, "a flood of CONTINUATIONs")
+		}
+	}
 	q, err := b.take(len(p))
 	return copy(p, q), err
 }

@@ -106,6 +106,9 @@ func (c *conn) writeData(s *Stream, buf []byte, n int, end bool) error {
 // frame's header is written over the last bytes of the one before, which have
 // left already.
 func (c *conn) writeFrames(id uint32, buf []byte, n int, end bool) error {
+	if err := c.takeControl(); err != nil {
+		return err
+	}
 	most := int(c.peerFrame.Load())
 	for at := 0; ; {
 		m := min(n-at, most)

@@ -152,6 +152,13 @@ def small_windows(about):
         got += more
         t.h2.increment_flow_control_window(more, sid)
         exactly(151 + got)
+    # h2 counts a larger window only from the acknowledgement on.
+    for size in range(161, 652, 10):
+        got += 10
+        t.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: size})
+        exactly(151 + got)
+    t.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 151})
+    t.h2.increment_flow_control_window(500, sid)
     t.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1})
     t.alive()  # the window is -150
     t.h2.increment_flow_control_window(150, sid)

@@ -193,6 +193,13 @@ def continuation_flood(about):
     r.flood(frame(CONTINUATION, 0, 1, b"\x00\x01x\x01y"), PROTOCOL_ERROR, ENHANCE_YOUR_CALM)
 
 
+def empty_continuations(about):
+    """Headers that don't end: with nothing in them."""
+    r = Raw(dial(about))
+    r.send(r.connect(1, about["echo"], flags=0))
+    r.flood(frame(CONTINUATION, 0, 1), PROTOCOL_ERROR, ENHANCE_YOUR_CALM)
+
+
 def bad_hpack(about):
     for block in b"\xff\xff\xff\xff\xff\xff\xff", b"\x00\x7f\xff\xff\xff\xff\xff\x0f", b"\xbf", b"\x3f\xff\xff\xff\x7f":
         r = Raw(dial(about))
@@ -315,7 +322,7 @@ def vanishes(about):
     s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-CLIENT = (no_tls, half_hello, many_connections, http1, no_settings, header_bomb, header_bomb_in_parts, header_flood, continuation_flood,
+CLIENT = (no_tls, half_hello, many_connections, http1, no_settings, header_bomb, header_bomb_in_parts, header_flood, continuation_flood, empty_continuations,
           bad_hpack, rapid_reset, rapid_bad, too_many, no_window, reads_nothing, reads_some, beyond_window, vanishes, apps_read_nothing)
 
 
