@@ -132,8 +132,8 @@ func (c *conn) admit(onRemove func()) (*Stream, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case c.err != nil:
-		return nil, errors.Join(ErrNotSent, c.err)
+	case c.err != nil && !c.goingAway:
+		return nil, fmt.Errorf("%w: %w", errEnded, c.err)
 	case c.goingAway || c.draining != notDraining || c.nextID > maxWindow-2:
 		return nil, errGoingAway
 	case len(c.streams) >= int(c.peerMax):
@@ -150,14 +150,11 @@ func (c *conn) admit(onRemove func()) (*Stream, error) {
 func (s *Stream) answer(f *http2.MetaHeadersFrame) (*Stream, *Response, error) {
 	if f == nil {
 		s.mu.Lock()
-		err := s.err
+		err := unanswered(s.err)
 		s.mu.Unlock()
-		if endsQuietly(err) {
-			err = fmt.Errorf("the tunnel ended before the answer: %w", err)
-		}
 		var re *ResetError
 		if errors.As(err, &re) && re.Remote && re.Code == http2.ErrCodeRefusedStream {
-			err = errors.Join(ErrNotSent, err)
+			err = fmt.Errorf("%w: %w", ErrNotSent, err)
 		}
 		return nil, nil, err
 	}

@@ -24,6 +24,7 @@ var (
 	errCancelled = errors.New("the stream was cancelled")
 	errTooMany   = fmt.Errorf("%w: as many streams are open as the peer allows", ErrNotSent)
 	errGoingAway = fmt.Errorf("%w: the connection is going away", ErrNotSent)
+	errEnded     = fmt.Errorf("%w: the connection has ended", ErrNotSent)
 )
 
 // HandshakeError is a connection that did not become a tunnel.
@@ -118,6 +119,14 @@ var reasons = [...]string{
 func endsQuietly(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
 		errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+}
+
+// unanswered is what a request gets whose connection ended with err.
+func unanswered(err error) error {
+	if endsQuietly(err) {
+		return fmt.Errorf("the tunnel ended before the answer: %w", err)
+	}
+	return err
 }
 
 // cleanReset tells the codes that end a stream as END_STREAM would.

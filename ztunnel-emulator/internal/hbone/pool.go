@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http2/hpack"
@@ -50,7 +52,8 @@ type pooled struct {
 	cc     *ClientConn
 	key    Key
 	inUse  int
-	ready  bool // in its lane, to be lent again
+	ready  bool        // in its lane, to be lent again
+	served atomic.Bool // it has answered a request; not guarded
 	recent *list.Element
 	unused *time.Timer
 }
@@ -66,7 +69,9 @@ func NewPool(cfg Config) *Pool {
 // Open opens a stream on a tunnel of key, which dial makes if there is none.
 // Users that need a tunnel at the same moment wait for one attempt and share its
 // result, an error too; if whoever makes it gives up (its ctx ends), the next
-// one tries. A request that a dying tunnel did not process goes to another.
+// one tries. A request that a dying tunnel did not process goes to another; not so
+// when the tunnel has just ended and never answered any: a peer that does not
+// accept our certificate says so after our handshake, and would again.
 func (p *Pool) Open(ctx context.Context, key Key, dial func(context.Context) (*ClientConn, error), authority string, fields []hpack.HeaderField) (*Stream, *Response, error) {
 	for try := 1; ; try++ {
 		t, err := p.borrow(ctx, key, dial)
@@ -75,10 +80,16 @@ func (p *Pool) Open(ctx context.Context, key Key, dial func(context.Context) (*C
 		}
 		back := sync.OnceFunc(func() { p.giveBack(t) })
 		s, r, err := t.cc.open(ctx, authority, fields, back)
+		if r != nil {
+			t.served.Store(true)
+		}
 		if err == nil {
 			return s, r, nil
 		}
 		back()
+		if errors.Is(err, errEnded) && !t.served.Load() {
+			return nil, nil, unanswered(t.cc.Err())
+		}
 		if !errors.Is(err, ErrNotSent) || try == notSentTries {
 			return s, r, err
 		}
@@ -107,6 +118,7 @@ func (p *Pool) borrow(ctx context.Context, key Key, dial func(context.Context) (
 		if a == nil {
 			a = &attempt{done: make(chan struct{})}
 			l.attempt = a
+			p.lanes[key] = l // lend may have dropped an empty one
 			p.mu.Unlock()
 			return p.create(ctx, key, l, a, dial)
 		}
@@ -185,17 +197,11 @@ func (p *Pool) use(l *lane, t *pooled) {
 
 // forget keeps t from being lent again. mu is held.
 func (p *Pool) forget(l *lane, t *pooled) {
-	if !t.ready {
-		return
-	}
-	t.ready = false
-	t.unused.Stop()
-	p.recent.Remove(t.recent)
-	for i := range l.ready {
-		if l.ready[i] == t {
-			l.ready = append(l.ready[:i], l.ready[i+1:]...)
-			break
-		}
+	if t.ready {
+		t.ready = false
+		t.unused.Stop()
+		p.recent.Remove(t.recent)
+		l.ready = slices.DeleteFunc(l.ready, func(other *pooled) bool { return other == t })
 	}
 	p.tidy(t.key, l)
 }
