@@ -1,6 +1,8 @@
 package hbone
 
 import (
+	"slices"
+
 	"golang.org/x/net/http2"
 )
 
@@ -15,7 +17,7 @@ func (c *conn) reserve(s *Stream, most int) int {
 		c.sendWindow -= n
 		return int(n)
 	}
-	if s.sendWindow > 0 && !s.inBlocked {
+	if s.sendWindow > 0 && !s.inBlocked && c.streams[s.id] == s {
 		s.inBlocked = true
 		c.blocked = append(c.blocked, s)
 	}
@@ -45,6 +47,17 @@ func (c *conn) wakeBlocked() {
 		c.blocked[i] = nil
 	}
 	c.blocked = c.blocked[:0]
+}
+
+// unblock forgets a stream that has ended, or a peer that gives no window and opens
+// one stream after the other would have us remember them all.
+func (c *conn) unblock(s *Stream) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.inBlocked {
+		s.inBlocked = false
+		c.blocked = slices.DeleteFunc(c.blocked, func(other *Stream) bool { return other == s })
+	}
 }
 
 // windowUpdate is the peer's: it took bytes of ours.

@@ -139,6 +139,7 @@ func wakeOne(ch chan struct{}) {
 
 // removed is called once, when the stream has left the connection's table.
 func (s *Stream) removed() {
+	s.c.unblock(s)
 	s.mu.Lock()
 	f := s.onRemove
 	s.onRemove = nil
