@@ -59,7 +59,7 @@ type Forwarder struct {
 // (udp or tcp), or nil if it deserves none. It takes five seconds at most; what
 // the resolvers don't answer until then, or until ctx is done, is SERVFAIL.
 func (f *Forwarder) Answer(ctx context.Context, msg []byte, network string) []byte {
-	if len(msg) < headerSize {
+	if len(msg) < headerSize || network == "udp" && complains(msg) {
 		return nil
 	}
 	start := time.Now()

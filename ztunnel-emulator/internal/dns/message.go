@@ -42,6 +42,13 @@ func rcodeName(msg []byte) string {
 
 func questions(msg []byte) int { return int(binary.BigEndian.Uint16(msg[4:])) }
 
+// complains tells a response that calls something else no query. The port is open
+// to other pods, and another proxy, whose address somebody has written on a
+// datagram, complains of our complaint: answering it would never end.
+func complains(msg []byte) bool {
+	return msg[2]&flagQR != 0 && rcodeOf(msg) == miekg.RcodeFormatError
+}
+
 // query is a client's message and what must be known of it.
 type query struct {
 	msg      []byte

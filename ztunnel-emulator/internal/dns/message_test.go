@@ -66,6 +66,27 @@ func TestBadQueries(t *testing.T) {
 	}
 }
 
+// One datagram with the address of another pod's proxy must not make the two
+// answer each other for ever.
+func TestNoEndlessAnswers(t *testing.T) {
+	one, other := &Forwarder{}, &Forwarder{}
+	for _, first := range []string{`1234 8180` + count + www + `0001 0001`, `1234 8181 0000 0000 0000 0000`, `1234 2800 0000 0000 0000 0000`} {
+		msg := unhex(first)
+		for messages := 0; msg != nil; messages++ {
+			if messages == 3 {
+				t.Errorf("%s: they still answer each other: %x", first, msg)
+				break
+			}
+			msg = one.Answer(t.Context(), msg, "udp")
+			one, other = other, one
+		}
+	}
+	// Over TCP there is a client that waits.
+	if got := one.Answer(t.Context(), unhex(`1234 8181 0000 0000 0000 0000`), "tcp"); len(got) != headerSize {
+		t.Errorf("over TCP the answer is %x", got)
+	}
+}
+
 // These are odd, and are forwarded as they are.
 func TestOddQueries(t *testing.T) {
 	for _, test := range []struct {
