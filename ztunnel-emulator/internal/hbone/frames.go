@@ -160,9 +160,21 @@ func (c *conn) setting(s http2.Setting) error {
 	case http2.SettingInitialWindowSize:
 		return c.newPeerWindow(int64(s.Val))
 	case http2.SettingHeaderTableSize:
-		c.table.Store(int64(s.Val)) // the encoder belongs to the writers
+		c.newPeerTable(int64(s.Val))
 	}
 	return nil
+}
+
+// newPeerTable is SETTINGS_HEADER_TABLE_SIZE, left for the encoder, which belongs
+// to the writers. Of sizes that come before the next headers the least counts: the
+// peer has dropped what did not fit it (RFC 7541, 4.2).
+func (c *conn) newPeerTable(size int64) {
+	for {
+		waiting := c.table.Load()
+		if waiting >= 0 && waiting <= size || c.table.CompareAndSwap(waiting, size) {
+			return
+		}
+	}
 }
 
 func (c *conn) goAway(f *http2.GoAwayFrame) error {
