@@ -3,6 +3,7 @@ package workload
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 )
 
 // Target is where a tunnelled connection ends.
@@ -92,24 +93,45 @@ func (s *State) acceptable(local *Workload, network string, connDst, asked netip
 	if asked == connDst || local.ApplicationTunnel != nil {
 		return true
 	}
-	isLocal := func(w *Workload) bool { return w.UID == local.UID || w.Has(connDst) }
-	behind := func(g *Gateway) bool { return g != nil && s.behind(g, local.Namespace, isLocal) }
+	isWaypoint := func(g *Gateway) bool {
+		if g == nil {
+			return false
+		}
+		w, svc := s.referred(g, local.Namespace)
+		return w != nil && w.Has(connDst) || svc != nil && svc.Endpoints[local.UID] != nil
+	}
 	if w := s.WorkloadAt(network, asked); w != nil {
-		return behind(w.Waypoint)
+		return isWaypoint(w.Waypoint)
 	}
 	// Whoever asks has been sent here for a service that it may see. Whether we may
 	// see it too does not matter.
-	for _, svc := range s.servicesAt[NetworkAddress{network, asked}] {
-		if behind(svc.Waypoint) {
+	for _, svc := range s.servicesWith(NetworkAddress{network, asked}) {
+		if isWaypoint(svc.Waypoint) {
 			return true
 		}
 		for _, w := range svc.WeightedWaypoint {
-			if behind(w.Gateway) {
+			if isWaypoint(w.Gateway) {
 				return true
 			}
 		}
 	}
 	return false
+}
+
+// servicesWith returns those with such a VIP, or else those with a CIDR VIP around
+// it.
+func (s *State) servicesWith(vip NetworkAddress) []*Service {
+	if exact := s.servicesAt[vip]; exact != nil {
+		return exact
+	}
+	var around []*Service
+	for _, svc := range s.servicesIn[vip.Network] {
+		has := func(c CIDR) bool { return c.Network == vip.Network && c.Prefix.Contains(vip.IP) }
+		if slices.ContainsFunc(svc.CIDRVIPs, has) {
+			around = append(around, svc)
+		}
+	}
+	return around
 }
 
 // namedPort finds the port of the local workload that a service's port leads to.

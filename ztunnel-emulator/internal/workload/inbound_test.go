@@ -34,6 +34,7 @@ services:
 - {name: private, namespace: demo, hostname: private, vips: [/10.1.0.3], ports: {}, visibility: Namespace, waypoint: {destination: infra/waypoint, hboneMtlsPort: 15008}}
 - {name: weighted, namespace: demo, hostname: weighted, vips: [/10.1.0.4], ports: {}, waypoint: {destination: /10.0.9.2, hboneMtlsPort: 15008},
    weightedWaypoints: [{weight: 1, destination: {destination: infra/waypoint, hboneMtlsPort: 15008}}]}
+- {name: range, namespace: demo, hostname: range, vips: [], cidrVips: [{network: "", cidr: 10.2.0.0/16}], ports: {}, waypoint: {destination: infra/waypoint, hboneMtlsPort: 15008}}
 `
 
 func targetText(t Target, err error) string {
@@ -95,7 +96,15 @@ func TestInboundTarget(t *testing.T) {
 		{"wp", "10.0.9.1", "10.1.0.3:80", "10.0.9.1:80"},
 		{"wp", "10.0.9.1", "10.1.0.4:80", "10.0.9.1:80"},
 		{"wp", "10.0.9.1", "10.1.0.1:80", "400 ip mismatch: 10.0.9.1 != 10.1.0.1"},
-		{"twin", "10.0.9.1", "10.0.0.10:80", "10.0.9.1:80"}, // whoever has the waypoint's address
+		{"wp", "10.0.9.1", "10.2.3.4:80", "10.0.9.1:80"},
+		{"wp", "10.0.9.1", "10.3.3.4:80", "400 ip mismatch: 10.0.9.1 != 10.3.3.4"},
+		// A workload is the waypoint where it has the address; as an endpoint of the
+		// waypoint's service it is one by its uid.
+		{"wp", "10.0.9.9", "10.0.0.10:80", "400 ip mismatch: 10.0.9.9 != 10.0.0.10"},
+		{"wp", "10.0.9.9", "10.0.0.13:80", "400 ip mismatch: 10.0.9.9 != 10.0.0.13"},
+		{"wp", "10.0.9.9", "10.0.0.11:80", "10.0.9.9:80"},
+		{"twin", "10.0.9.1", "10.0.0.10:80", "10.0.9.1:80"},
+		{"twin", "10.0.9.1", "10.0.0.11:80", "400 ip mismatch: 10.0.9.1 != 10.0.0.11"},
 		{"twin", "10.0.9.1", "10.0.0.14:80", "400 ip mismatch: 10.0.9.1 != 10.0.0.14"},
 		{"server", "10.0.0.2", "10.0.0.10:80", "400 ip mismatch: 10.0.0.2 != 10.0.0.10"},
 

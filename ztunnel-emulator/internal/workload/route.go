@@ -214,15 +214,14 @@ func (r *router) resolve(g *Gateway, as resolution, unknown RouteReason) (upstre
 // sent to itself.
 func (r *router) fromWaypoint(g *Gateway) bool {
 	me := r.Source.Identity()
-	return r.state.behind(g, r.Source.Namespace, func(w *Workload) bool {
-		return w.Has(r.Client) && w.Identity() == me
-	})
+	isSource := func(w *Workload) bool { return w.Has(r.Client) && w.Identity() == me }
+	w, svc := r.state.referred(g, r.Source.Namespace)
+	return w != nil && isSource(w) ||
+		svc != nil && slices.ContainsFunc(svc.reachable, func(e endpoint) bool { return isSource(e.workload) })
 }
 
-// behind tells whether a reference leads to a workload that is so.
-func (s *State) behind(g *Gateway, namespace string, is func(*Workload) bool) bool {
-	var svc *Service
-	var w *Workload
+// referred returns the workload or the service that a reference leads to, if any.
+func (s *State) referred(g *Gateway, namespace string) (w *Workload, svc *Service) {
 	if g.Addr.IP.IsValid() {
 		if w = s.WorkloadAt(g.Addr.Network, g.Addr.IP); w == nil {
 			svc = s.ServiceAt(g.Addr.Network, g.Addr.IP, namespace)
@@ -230,10 +229,7 @@ func (s *State) behind(g *Gateway, namespace string, is func(*Workload) bool) bo
 	} else if svc = s.services[g.Host]; svc == nil {
 		w = s.byHostname[g.Host.Hostname]
 	}
-	if w != nil {
-		return is(w)
-	}
-	return svc != nil && slices.ContainsFunc(svc.reachable, func(e endpoint) bool { return is(e.workload) })
+	return w, svc
 }
 
 // expected returns whom to expect at a workload that was reached through a
