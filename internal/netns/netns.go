@@ -14,6 +14,7 @@ package netns
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -27,7 +28,7 @@ type ID struct {
 }
 
 // String prints the id as the kernel does in /proc/PID/ns/net.
-func (id ID) String() string { return fmt.Sprintf("net:[%d]", id.Ino) }
+func (id ID) String() string { return "net:[" + strconv.FormatUint(id.Ino, 10) + "]" }
 
 // NS is an open network namespace. It owns one descriptor, and that alone keeps
 // the namespace alive: close it, or the kernel can't free the pod's namespace.

@@ -9,11 +9,13 @@
 package accesslog
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -76,12 +78,7 @@ type handler struct {
 	opts   Options
 	target string
 	prefix string // of group names, with the dot
-	fields []field
-}
-
-type field struct {
-	key   string
-	value slog.Value
+	fields []byte // those of With, as they stand in a line
 }
 
 func (h *handler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.opts.Level.Level() }
@@ -97,61 +94,98 @@ func (h *handler) WithGroup(name string) slog.Handler {
 
 func (h *handler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	c := *h
-	c.fields = append([]field(nil), h.fields...)
+	c.fields = slices.Clip(h.fields)
 	for _, a := range attrs {
-		c.add(h.prefix, a)
+		if target, ok := h.targetIn(a); ok {
+			c.target = target
+		}
+		c.fields = c.appendField(c.fields, h.prefix, a)
 	}
 	return &c
 }
 
-// add appends an attribute: a group's members with their names joined by dots,
-// the target to its own place.
-func (h *handler) add(prefix string, a slog.Attr) {
-	v := a.Value.Resolve()
-	switch {
-	case a.Key == Target && prefix == "" && v.Kind() == slog.KindString:
-		h.target = v.String()
-	case v.Kind() == slog.KindGroup:
-		if a.Key != "" {
-			prefix += a.Key + "."
-		}
-		for _, m := range v.Group() {
-			h.add(prefix, m)
-		}
-	case a.Key != "":
-		h.fields = append(h.fields, field{prefix + a.Key, v})
+// targetIn returns the target, if that is what the attribute says.
+func (h *handler) targetIn(a slog.Attr) (string, bool) {
+	if a.Key != Target || h.prefix != "" || a.Value.Kind() != slog.KindString {
+		return "", false
 	}
+	return a.Value.String(), true
 }
 
+// lines are buffers to write a line into: there is one for each connection, and one
+// before each ack.
+var lines = sync.Pool{New: func() any { return new([]byte) }}
+
 func (h *handler) Handle(_ context.Context, r slog.Record) error {
-	line := *h
-	line.fields = append([]field(nil), h.fields...)
-	r.Attrs(func(a slog.Attr) bool { line.add(h.prefix, a); return true })
-	var b strings.Builder
-	if h.opts.JSON {
-		line.json(&b, r)
-	} else {
-		line.plain(&b, r)
+	target := h.target
+	for a := range r.Attrs {
+		if t, ok := h.targetIn(a); ok {
+			target = t
+		}
 	}
+	buf := lines.Get().(*[]byte)
+	defer lines.Put(buf)
+	b := h.appendHead((*buf)[:0], r, target)
+	b = append(b, h.fields...)
+	for a := range r.Attrs {
+		b = h.appendField(b, h.prefix, a)
+	}
+	b = h.appendEnd(b)
+	*buf = b
+
 	h.out.mu.Lock()
 	defer h.out.mu.Unlock()
-	_, err := io.WriteString(h.out.w, b.String())
+	_, err := h.out.w.Write(b)
 	return err
 }
 
 const timeFormat = "2006-01-02T15:04:05.000000Z"
 
-func (h *handler) plain(b *strings.Builder, r slog.Record) {
-	fmt.Fprintf(b, "%s\t%s\t%s\t%s\t", r.Time.UTC().Format(timeFormat), level(r.Level), strings.TrimPrefix(h.target, crate), oneLine(r.Message))
-	for i, f := range h.fields {
-		if i > 0 {
-			b.WriteByte(' ')
-		}
-		b.WriteString(f.key)
-		b.WriteByte('=')
-		b.WriteString(plainValue(f.value))
+// appendHead appends what stands before the fields.
+func (h *handler) appendHead(b []byte, r slog.Record, target string) []byte {
+	if h.opts.JSON {
+		b = append(append(b, `{"level":"`...), level(r.Level)...)
+		b = append(r.Time.UTC().AppendFormat(append(b, `","time":"`...), timeFormat), `","scope":`...)
+		return appendQuoted(append(appendQuoted(b, target), `,"message":`...), r.Message)
 	}
-	b.WriteByte('\n')
+	b = append(r.Time.UTC().AppendFormat(b, timeFormat), '\t')
+	b = append(append(b, level(r.Level)...), '\t')
+	b = append(append(b, strings.TrimPrefix(target, crate)...), '\t')
+	return append(append(b, oneLine(r.Message)...), '\t')
+}
+
+// appendField appends an attribute: a group's members with their names joined by
+// dots, and not the target, which has a place of its own.
+func (h *handler) appendField(b []byte, prefix string, a slog.Attr) []byte {
+	a.Value = a.Value.Resolve()
+	if _, ok := h.targetIn(a); ok && prefix == "" {
+		return b
+	}
+	if a.Value.Kind() == slog.KindGroup {
+		if a.Key != "" {
+			prefix += a.Key + "."
+		}
+		for _, m := range a.Value.Group() {
+			b = h.appendField(b, prefix, m)
+		}
+		return b
+	}
+	if a.Key == "" {
+		return b
+	}
+	if h.opts.JSON {
+		return appendJSON(append(appendQuoted(append(b, ','), prefix+a.Key), ':'), a.Value)
+	}
+	b = append(append(append(b, prefix...), a.Key...), '=')
+	return append(appendPlain(b, a.Value), ' ')
+}
+
+// appendEnd ends the line.
+func (h *handler) appendEnd(b []byte) []byte {
+	if h.opts.JSON {
+		return append(b, "}\n"...)
+	}
+	return append(bytes.TrimSuffix(b, []byte{' '}), '\n') // after the last field
 }
 
 // oneLine escapes what would end the line or move a terminal's cursor: a message
@@ -164,52 +198,63 @@ func oneLine(s string) string {
 	return quoted[1 : len(quoted)-1]
 }
 
-// plainValue quotes strings, and what reads like one: errors and durations.
-func plainValue(v slog.Value) string {
+// appendPlain appends a value in quotes if it is a string, or reads like one: errors
+// and durations.
+func appendPlain(b []byte, v slog.Value) []byte {
 	switch v.Kind() {
 	case slog.KindString:
-		return strconv.Quote(v.String())
+		return appendString(b, v.String())
 	case slog.KindDuration:
-		return strconv.Quote(v.Duration().String())
+		return appendString(b, v.Duration().String())
 	case slog.KindTime:
-		return v.Time().UTC().Format(time.RFC3339Nano)
+		return v.Time().UTC().AppendFormat(b, time.RFC3339Nano)
+	case slog.KindInt64:
+		return strconv.AppendInt(b, v.Int64(), 10)
+	case slog.KindUint64:
+		return strconv.AppendUint(b, v.Uint64(), 10)
 	}
-	if err, ok := v.Any().(error); ok {
-		return strconv.Quote(err.Error())
+	switch x := v.Any().(type) {
+	case error:
+		return appendString(b, x.Error())
+	case netip.AddrPort:
+		return x.AppendTo(b)
 	}
-	return v.String()
+	return append(b, v.String()...)
 }
 
-func (h *handler) json(b *strings.Builder, r slog.Record) {
-	fmt.Fprintf(b, `{"level":%q,"time":%q,"scope":%s,"message":%s`, level(r.Level), r.Time.UTC().Format(timeFormat), quote(h.target), quote(r.Message))
-	for _, f := range h.fields {
-		fmt.Fprintf(b, ",%s:%s", quote(f.key), jsonValue(f.value))
+// appendString appends a string in quotes. Most have nothing to escape.
+func appendString(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			return strconv.AppendQuote(b, s)
+		}
 	}
-	b.WriteString("}\n")
+	return append(append(append(b, '"'), s...), '"')
 }
 
-// jsonValue keeps numbers and booleans; everything else is a string.
-func jsonValue(v slog.Value) string {
+// appendJSON appends a number or a boolean as it is; everything else is a string.
+func appendJSON(b []byte, v slog.Value) []byte {
 	switch v.Kind() {
 	case slog.KindInt64, slog.KindUint64, slog.KindBool:
-		return v.String()
+		return append(b, v.String()...)
 	case slog.KindFloat64:
 		if s, err := json.Marshal(v.Float64()); err == nil {
-			return string(s)
+			return append(b, s...)
 		}
 	}
 	if err, ok := v.Any().(error); ok {
-		return quote(err.Error())
+		return appendQuoted(b, err.Error())
 	}
-	return quote(v.String())
+	return appendQuoted(b, v.String())
 }
 
-func quote(s string) string {
-	b, err := json.Marshal(s)
+// appendQuoted appends a string in JSON.
+func appendQuoted(b []byte, s string) []byte {
+	quoted, err := json.Marshal(s)
 	if err != nil {
-		return `""`
+		return append(b, `""`...)
 	}
-	return string(b)
+	return append(b, quoted...)
 }
 
 // level is ztunnel's word for it.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net/netip"
 	"regexp"
@@ -108,5 +109,30 @@ func TestLevels(t *testing.T) {
 		if got := level(l); got != want {
 			t.Errorf("%v is %q, want %q", l, got, want)
 		}
+	}
+}
+
+// What With adds twice from one logger does not stand in each other's lines.
+func TestWithApart(t *testing.T) {
+	var buf bytes.Buffer
+	log := New(&buf, Options{}).With("a", 1)
+	one, two := log.With("b", 2), log.With("c", 3)
+	for _, tt := range []struct {
+		log  *slog.Logger
+		want string
+	}{{log, "\ta=1\n"}, {one, "\ta=1 b=2\n"}, {two, "\ta=1 c=3\n"}} {
+		if line := at(tt.log, &buf, slog.LevelInfo, "m"); !strings.HasSuffix(line, tt.want) {
+			t.Errorf("got %q, want the end %q", line, tt.want)
+		}
+	}
+}
+
+func BenchmarkLine(b *testing.B) {
+	log := New(io.Discard, Options{}).With(Target, Access)
+	src, dst := netip.MustParseAddrPort("10.0.2.4:41234"), netip.MustParseAddrPort("10.0.3.4:8080")
+	b.ReportAllocs()
+	for b.Loop() {
+		log.Info("connection complete", "src.addr", src, "dst.addr", dst, "direction", "outbound",
+			"bytes_sent", 11, "bytes_recv", 1234, "duration", "3ms")
 	}
 }

@@ -102,12 +102,14 @@ func bindTCP(fd int, addr netip.AddrPort) error {
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
 	}
-	// For what rules bring. Accepted connections inherit both.
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
-		return os.NewSyscallError("setsockopt TCP_NODELAY", err)
-	}
-	if err := proxy.DefaultKeepAlive().Set(fd); err != nil {
-		return err
+	// For what rules bring, where they do. Accepted connections inherit both.
+	if addr.Port() != PortInbound {
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+			return os.NewSyscallError("setsockopt TCP_NODELAY", err)
+		}
+		if err := proxy.DefaultKeepAlive().Set(fd); err != nil {
+			return err
+		}
 	}
 	// For TPROXY, whose packets are for other addresses than ours (ip(7)), and so
 	// that the application may see who calls. It takes CAP_NET_ADMIN; without that

@@ -69,11 +69,13 @@ func (c SocketConfig) prepare(fd int, addr netip.AddrPort, log *slog.Logger) err
 	if err := c.share(fd, log); err != nil {
 		return err
 	}
-	// What TPROXY brings has the application's own port as its local one, and
+	// What TPROXY brings to 15006 has the application's own port as its local one, and
 	// inherits this: or the application could not bind its port anew while such a
 	// connection is there. REDIRECT does not need it.
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+	if addr.Port() == PortInboundPassthrough {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+		}
 	}
 	if c.OrigSrc == nil || *c.OrigSrc {
 		// The IPv4 option works on a dual-stack socket, too (ip(7)).

@@ -11,9 +11,13 @@ import (
 	"ambient-emulator/ztunnel-emulator/internal/dns"
 )
 
-// forwarder asks the node's resolvers from inside the pod.
+// forwarder asks the node's resolvers from inside the pod. It is made when the pod
+// asks for the first time: many pods start at once, and an agent waits for each.
 func (p *Pod) forwarder() *dns.Forwarder {
-	return &dns.Forwarder{Resolvers: p.config.DNS, Dial: p.dialDNS, Log: p.config.Log.With(accesslog.Target, "dns")}
+	p.dnsNeeded.Do(func() {
+		p.dns = &dns.Forwarder{Resolvers: p.config.DNS, Dial: p.dialDNS, Log: p.config.Log.With(accesslog.Target, "dns")}
+	})
+	return p.dns
 }
 
 // dialDNS makes a marked socket to a resolver: by its mark the pod's rules let it
@@ -48,7 +52,7 @@ func (p *Pod) DNS(query []byte, reply func([]byte)) {
 
 func (p *Pod) dnsQuery(query []byte, reply func([]byte)) {
 	defer p.wg.Done()
-	if answer := p.dns.Answer(p.ctx, query, "udp"); answer != nil {
+	if answer := p.forwarder().Answer(p.ctx, query, "udp"); answer != nil {
 		reply(answer)
 	}
 }
@@ -56,7 +60,7 @@ func (p *Pod) dnsQuery(query []byte, reply func([]byte)) {
 // dnsOverTCP serves a connection to 15053, and takes it over.
 func (p *Pod) dnsOverTCP(fd int) {
 	c := NewConn(fd)
-	p.dns.ServeTCP(p.ctx, netConn{c})
+	p.forwarder().ServeTCP(p.ctx, netConn{c})
 	if p.ctx.Err() != nil {
 		// The rules go with the pod: whoever is told by a FIN could not get the
 		// answer to us, and would keep the namespace with it.

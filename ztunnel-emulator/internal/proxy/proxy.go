@@ -55,7 +55,9 @@ type Pod struct {
 	// has redirected. It is the seed's; otherwise such a call is a loop.
 	unredirected func(fd int)
 
-	dns *dns.Forwarder
+	dns       *dns.Forwarder // see forwarder
+	dnsNeeded sync.Once
+
 	ctx context.Context // ends with the pod
 	end context.CancelFunc
 	wg  sync.WaitGroup // every goroutine that deals with this pod's traffic
@@ -79,7 +81,6 @@ type Pod struct {
 func (c *Config) NewPod(id Identity, enter func(func() error) error, unredirected func(fd int)) *Pod {
 	p := &Pod{Identity: id, config: c, enter: enter, unredirected: unredirected, open: make(map[*session]struct{})}
 	p.ctx, p.end = context.WithCancel(context.Background())
-	p.dns = p.forwarder()
 	if c.Mesh != nil {
 		c.Mesh.join(p)
 	}
