@@ -50,7 +50,7 @@ func meshMeasures() []measure {
 			of: func(r trafficRound) float64 { return r.connsApart },
 		},
 		measure{
-			what: "new connections that failed", format: "%g", base: true,
+			what: "new connections that failed, in all", format: "%g", base: true, sum: true,
 			of:    func(r trafficRound) float64 { return r.failed },
 			apart: noFailure,
 		},
