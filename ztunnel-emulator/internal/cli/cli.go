@@ -78,6 +78,10 @@ to live in. SIGTERM lets running connections end first. It needs CAP_NET_ADMIN,
 too. The agent's socket is never guessed: a second ztunnel on a production
 agent takes over its new pods.
 
+With PROXY_MODE=dedicated there is no agent: it serves one workload, in the network
+namespace that it is started in, and needs no capability (but CAP_NET_ADMIN for
+PACKET_MARK=1337, by which rules know its own traffic).
+
 Traffic that a pod's rules redirect (cni-emulator --capture, or rules install) is
 carried on from inside the pod: outbound from 15001, inbound from 15006 with the
 client's own address, DNS from 15053 to the node's resolvers. What nobody has
@@ -106,7 +110,7 @@ Environment (names and defaults are the real ztunnel's):
                                    Of directives joined by commas those for single
                                    modules (h2=off) are passed over
 
-Environment, with --inpod-uds (names and defaults are the real ztunnel's):
+Environment, but with <uds_path> (names and defaults are the real ztunnel's):
   INPOD_UDS                        the agent's socket, in place of --inpod-uds
   IPV6_ENABLED=true                bind [::], which takes IPv4 too; else 0.0.0.0
   PACKET_MARK=1337                 the mark of every socket in a pod; 0 for none
@@ -116,6 +120,8 @@ Environment, with --inpod-uds (names and defaults are the real ztunnel's):
   ISTIO_META_DNS_CAPTURE=true      serve DNS on 15053 of the pod's loopback
   KEEPALIVE_ENABLED=true, _TIME=180s, _INTERVAL=180s, _RETRIES=9
                                    of captured connections; USER_TIMEOUT_ENABLED
+  PROXY_MODE=shared                dedicated: one workload and no agent; PACKET_MARK
+  PROXY_WORKLOAD_INFO              is then 0, and this says who: NAMESPACE/NAME/ACCOUNT
   CONNECTION_TERMINATION_DEADLINE=5s
                                    how long connections may go on after SIGTERM
   TERMINATION_GRACE_PERIOD_SECONDS if that is unset: some seconds less than this
@@ -139,6 +145,11 @@ Exit codes:
 		SilenceUsage:  true,
 		Args: func(cmd *cobra.Command, args []string) error {
 			switch {
+			case len(args) == 0 && ownMode():
+				if flag := changed(cmd, "inpod-uds", "trace-zds"); flag != "" {
+					return usageError{fmt.Errorf("PROXY_MODE=%s has no agent: what is --%s for?", os.Getenv("PROXY_MODE"), flag)}
+				}
+				return nil
 			case len(args) == 0 && z.path != "":
 				return nil
 			case len(args) > 0 && cmd.Flags().Changed("inpod-uds"):

@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 // config is what the real ztunnel's environment variables say. One that does
 // not parse is an error, as there.
 type config struct {
+	own       *proxy.Identity // of the one workload of a dedicated ztunnel; nil: an agent names workloads
 	socket    inpod.SocketConfig
 	keepAlive proxy.KeepAlive
 	deadline  time.Duration // for connections that run when a signal comes
@@ -24,6 +26,9 @@ func readConfig() (config, error) {
 		socket:    inpod.SocketConfig{IPv6: true, Mark: inpod.DefaultMark, PortReuse: true, DNS: true},
 		keepAlive: proxy.DefaultKeepAlive(),
 		deadline:  5 * time.Second,
+	}
+	if err := c.readMode(); err != nil {
+		return c, err
 	}
 	for name, to := range map[string]*bool{
 		"IPV6_ENABLED": &c.socket.IPv6, "INPOD_PORT_REUSE": &c.socket.PortReuse,
@@ -70,6 +75,32 @@ func readConfig() (config, error) {
 		c.deadline = graceDeadline(int(n))
 	}
 	return c, nil
+}
+
+// ownMode tells whether the environment wants a ztunnel without an agent, or would
+// like something that readMode refuses.
+func ownMode() bool {
+	mode, ok := os.LookupEnv("PROXY_MODE")
+	return ok && mode != "shared"
+}
+
+// readMode reads whether there is an agent. A dedicated ztunnel marks nothing unless
+// it is told to.
+func (c *config) readMode() error {
+	if !ownMode() {
+		return nil
+	}
+	if mode := os.Getenv("PROXY_MODE"); mode != "dedicated" {
+		return usageError{fmt.Errorf("PROXY_MODE=%s: it takes shared or dedicated", mode)}
+	}
+	info := os.Getenv("PROXY_WORKLOAD_INFO")
+	parts := strings.Split(info, "/")
+	if len(parts) != 3 || slices.Contains(parts, "") {
+		return usageError{fmt.Errorf("PROXY_WORKLOAD_INFO=%s: with PROXY_MODE=dedicated it says who we are, as namespace/name/service-account", info)}
+	}
+	c.own = &proxy.Identity{Namespace: parts[0], Name: parts[1], ServiceAccount: parts[2]}
+	c.socket.Mark = 0
+	return nil
 }
 
 // readKeepAlive reads when a silent peer is asked whether it lives. The kernel

@@ -22,7 +22,8 @@ import (
 	"ambient-emulator/ztunnel-emulator/internal/proxy"
 )
 
-// serveZDS is the real direction: dial the node agent, serve what it names.
+// serveZDS is the real direction: dial the node agent, serve what it names. Or, in
+// dedicated mode, serve where we are.
 type serveZDS struct {
 	path       string
 	resolvConf string
@@ -37,7 +38,6 @@ func (z *serveZDS) run() error {
 	if err != nil {
 		return err
 	}
-	inPod := log.With(accesslog.Target, targetInPod)
 	config, err := readConfig()
 	if err != nil {
 		return err
@@ -45,8 +45,10 @@ func (z *serveZDS) run() error {
 	ctx, stop := untilSignal()
 	defer stop()
 
-	if err := netns.Probe(); err != nil {
-		return capabilityError(err)
+	if config.own == nil {
+		if err := netns.Probe(); err != nil {
+			return capabilityError(err)
+		}
 	}
 	hadIPv6 := config.socket.IPv6
 	if err := config.socket.Probe(); errors.Is(err, inpod.ErrNoMark) {
@@ -79,30 +81,55 @@ func (z *serveZDS) run() error {
 	if mesh != nil {
 		pods.Mesh = mesh.Mesh
 	}
+	served, err := z.serve(ctx, config, pods, readiness, log)
+	if served == nil {
+		return errors.Join(err, mesh.close())
+	}
+	if err != nil {
+		// The agent and we do not understand each other. The real ztunnel ends
+		// here without draining; the kernel closes what is open.
+		return err
+	}
+
+	n := served.Active()
+	log.Info("draining", "pods", n, "deadline", config.deadline)
+	err = errors.Join(served.Close(config.deadline), mesh.close())
+	log.Info("stopped", "pods", n)
+	return err
+}
+
+// serving is pods that are served until Close.
+type serving interface {
+	Active() int
+	Close(deadline time.Duration) error
+}
+
+// serve serves pods until ctx ends, or the agent and we cannot go on. Without any to
+// be closed, it has not begun.
+func (z *serveZDS) serve(ctx context.Context, config config, pods *proxy.Config, readiness *inpod.Readiness, log *slog.Logger) (serving, error) {
+	inPod := log.With(accesslog.Target, targetInPod)
+	if config.own != nil {
+		pod, err := inpod.NewDedicated(config.socket, pods, *config.own, inPod)
+		if err != nil {
+			return nil, err
+		}
+		readiness.Done(inpod.ReadyTask)
+		<-ctx.Done()
+		return pod, nil
+	}
 	workloads, err := inpod.NewWorkloads(config.socket, pods, inPod)
 	if err != nil {
-		return errors.Join(err, mesh.close())
+		return nil, err
 	}
 	manager := &inpod.Manager{Path: z.path, Workloads: workloads, Readiness: readiness, Log: inPod}
 	if z.trace {
 		manager.Trace = z.tracer()
 	}
 	log.Info("dialling the agent", "socket", z.path, "pid", os.Getpid(), "version", version)
-
 	// Not on this goroutine, which is locked to the main thread.
 	done := make(chan error, 1)
 	go func() { done <- manager.Run(ctx) }()
-	if err := <-done; err != nil {
-		// The agent and we do not understand each other. The real ztunnel ends
-		// here without draining; the kernel closes what is open.
-		return err
-	}
-
-	n := workloads.Counts().Active
-	log.Info("draining", "pods", n, "deadline", config.deadline)
-	err = errors.Join(workloads.Close(config.deadline), mesh.close())
-	log.Info("stopped", "pods", n)
-	return err
+	return workloads, <-done
 }
 
 // resolvers reads who is asked for what pods ask. The questions leave from the

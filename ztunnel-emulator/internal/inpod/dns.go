@@ -59,28 +59,30 @@ func (c SocketConfig) dnsSocket(addr netip.AddrPort, packets bool) (fd int, miss
 	if err != nil {
 		return -1, false, os.NewSyscallError("socket", err)
 	}
-	defer func() {
-		if err != nil {
-			unix.Close(fd)
-		}
-	}()
-	if err := c.share(fd, slog.New(slog.DiscardHandler)); err != nil {
-		return -1, false, err
+	if missing, err = c.bindDNS(fd, sa, packets); err != nil {
+		unix.Close(fd)
+		return -1, missing, err
+	}
+	return fd, missing, nil
+}
+
+// bindDNS binds a socket of dnsSocket's.
+func (c SocketConfig) bindDNS(fd int, sa unix.Sockaddr, packets bool) (missing bool, err error) {
+	if err := c.share(fd, !packets, slog.New(slog.DiscardHandler)); err != nil {
+		return false, err
 	}
 	err = unix.Bind(fd, sa)
-	if errors.Is(err, unix.EADDRNOTAVAIL) && addr.Addr().Is6() {
+	if _, six := sa.(*unix.SockaddrInet6); six && errors.Is(err, unix.EADDRNOTAVAIL) {
 		missing = true
 		if err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_FREEBIND, 1); err == nil {
 			err = unix.Bind(fd, sa)
 		}
 	}
 	if err != nil {
-		return -1, missing, os.NewSyscallError("bind", err)
+		return missing, os.NewSyscallError("bind", err)
 	}
 	if !packets {
-		if err := unix.Listen(fd, zdsBacklog); err != nil {
-			return -1, missing, os.NewSyscallError("listen", err)
-		}
+		err = os.NewSyscallError("listen", unix.Listen(fd, zdsBacklog))
 	}
-	return fd, missing, nil
+	return missing, err
 }

@@ -45,6 +45,7 @@ type engine struct {
 // in the seed's mode, eight with DNS.
 type pod struct {
 	ns      *netns.NS
+	visit   visit // to ns
 	sockets []socket
 	proxy   *proxy.Pod
 	broken  atomic.Bool // a listener has died; the next add makes the pod anew
@@ -54,6 +55,9 @@ type pod struct {
 	life    sync.RWMutex
 	stopped atomic.Bool // no connection of it may outlive it
 }
+
+// visit runs a function on a thread that is in a pod's namespace.
+type visit func(fn func() error) (netns.Visit, error)
 
 // errStopped is for who comes when a pod has ended.
 var errStopped = errors.New("the pod has ended")
@@ -65,7 +69,7 @@ func (p *pod) enter(fn func() error) error {
 	if p.stopped.Load() {
 		return errStopped
 	}
-	_, err := p.ns.Do(fn)
+	_, err := p.visit(fn)
 	return err
 }
 
@@ -147,11 +151,16 @@ func growTable(anyFD int) {
 // start makes ns a pod: listeners at every address in it, or an error and none.
 // The pod owns ns; after an error it is still the caller's.
 func (e *engine) start(ns *netns.NS, id proxy.Identity) (*pod, Added, error) {
-	added := Added{New: true, Addrs: e.addrs, NetNSFD: ns.FD()}
 	if ns.ID() == e.home {
-		return nil, added, ErrOwnNetNS
+		return nil, Added{}, ErrOwnNetNS
 	}
-	made, err := listen(ns, e.addrs, e.open, e.openDNS)
+	return e.startIn(ns, id, ns.Do)
+}
+
+// startIn is start of any namespace, given how to get there.
+func (e *engine) startIn(ns *netns.NS, id proxy.Identity, visit visit) (*pod, Added, error) {
+	added := Added{New: true, Addrs: e.addrs, NetNSFD: ns.FD()}
+	made, err := listen(visit, e.addrs, e.open, e.openDNS)
 	added.Visit, added.NoLoop6 = made.visit, made.noLoopback6
 	if err != nil {
 		return nil, added, fmt.Errorf("%w%s", err, e.advice(err, ns.ID()))
@@ -161,7 +170,7 @@ func (e *engine) start(ns *netns.NS, id proxy.Identity) (*pod, Added, error) {
 	if up, err := loopbackUp(sockets[0].fd); err == nil {
 		added.LoopDown = !up
 	}
-	p := &pod{ns: ns, sockets: sockets}
+	p := &pod{ns: ns, visit: visit, sockets: sockets}
 	var unredirected func(fd int)
 	if e.unredirected != nil {
 		unredirected = func(fd int) { e.unredirected(p, fd) }

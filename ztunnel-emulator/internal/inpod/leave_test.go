@@ -26,7 +26,7 @@ func TestStepAside(t *testing.T) {
 		ns := netnstest.New(t)
 		var group []int
 		for range tt.members {
-			m, err := listen(ns, defaults.Addrs()[:1], defaults.factory(slog.Default()), nil)
+			m, err := listen(ns.Do, defaults.Addrs()[:1], defaults.factory(slog.Default()), nil)
 			if err != nil {
 				t.Fatal(err)
 			}

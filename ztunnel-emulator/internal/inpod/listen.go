@@ -49,15 +49,15 @@ type made struct {
 	noLoopback6 bool // the pod has no ::1
 }
 
-// listen makes listening sockets at addrs inside ns with open, and before them
-// those of DNS if openDNS is set: all or none. The caller owns the descriptors. An
+// listen makes listening sockets at addrs, during a visit, with open, and before
+// them those of DNS if openDNS is set: all or none. The caller owns the descriptors. An
 // error names the address.
-func listen(ns *netns.NS, addrs []netip.AddrPort, open socketFactory, openDNS dnsFactory) (m made, err error) {
+func listen(visit visit, addrs []netip.AddrPort, open socketFactory, openDNS dnsFactory) (m made, err error) {
 	m.sockets = make([]socket, 0, len(addrs)+4)
 	// All of this runs on the thread that is in the pod: a socket belongs, for
 	// good, to the namespace of the thread that calls socket(2). Bind and listen
 	// could be done from outside, but a port in use is best found in one visit.
-	m.visit, err = ns.Do(func() (err error) {
+	m.visit, err = visit(func() (err error) {
 		if openDNS != nil {
 			if m.sockets, m.noLoopback6, err = openDNS(m.sockets); err != nil {
 				return err

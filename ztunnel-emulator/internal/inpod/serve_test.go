@@ -195,7 +195,7 @@ func TestDescriptorsOfAPod(t *testing.T) {
 // for an ACK, and a peer that has gone is noticed.
 func TestAcceptedInheritsOptions(t *testing.T) {
 	ns := netnstest.New(t)
-	m, err := listen(ns, Addrs(), listenTCP, nil)
+	m, err := listen(ns.Do, Addrs(), listenTCP, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

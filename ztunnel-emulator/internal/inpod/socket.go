@@ -66,7 +66,7 @@ func (c SocketConfig) factory(log *slog.Logger) socketFactory {
 // prepare sets the options, binds and listens. An accepted connection inherits
 // all of them; to set them on each would be a dozen system calls.
 func (c SocketConfig) prepare(fd int, addr netip.AddrPort, log *slog.Logger) error {
-	if err := c.share(fd, log); err != nil {
+	if err := c.share(fd, true, log); err != nil {
 		return err
 	}
 	// What TPROXY brings to 15006 has the application's own port as its local one, and
@@ -110,8 +110,9 @@ func (c SocketConfig) prepare(fd int, addr netip.AddrPort, log *slog.Logger) err
 	return os.NewSyscallError("listen", unix.Listen(fd, zdsBacklog))
 }
 
-// share marks a socket, and lets the next ztunnel bind beside it.
-func (c SocketConfig) share(fd int, log *slog.Logger) error {
+// share marks a socket, and lets the next ztunnel bind beside it; or, if it is a
+// listener, where connections of the last one linger.
+func (c SocketConfig) share(fd int, listener bool, log *slog.Logger) error {
 	if c.Mark != 0 {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(c.Mark)); err != nil {
 			return os.NewSyscallError("setsockopt SO_MARK", err)
@@ -122,8 +123,10 @@ func (c SocketConfig) share(fd int, log *slog.Logger) error {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
 			log.Warn("setsockopt SO_REUSEPORT", "error", err)
 		}
-	} else if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+	} else if listener { // with UDP it would mean that anybody may bind there, too
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+		}
 	}
 	return nil
 }

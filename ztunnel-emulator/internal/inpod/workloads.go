@@ -278,6 +278,9 @@ func (w *Workloads) Close(deadline time.Duration) error {
 	return errors.Join(append(errs, w.engine.close())...)
 }
 
+// Active is how many pods are served.
+func (w *Workloads) Active() int { return w.Counts().Active }
+
 // count publishes the gauges.
 func (w *Workloads) count() {
 	w.mu.Lock()

@@ -381,7 +381,7 @@ func TestSocketOptions(t *testing.T) {
 		if _, err := pod.Do(func() error { return os.WriteFile("/proc/sys/net/ipv6/bindv6only", []byte("1"), 0) }); err != nil {
 			t.Fatal(err)
 		}
-		m, err := listen(pod, tt.c.Addrs(), tt.c.factory(slog.Default()), nil)
+		m, err := listen(pod.Do, tt.c.Addrs(), tt.c.factory(slog.Default()), nil)
 		if err != nil {
 			t.Errorf("%s: %v", tt.name, err)
 			continue
