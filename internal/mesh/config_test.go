@@ -18,7 +18,7 @@ func (m *mesh) config() string {
 	b.WriteString("workloads:\n")
 	for _, p := range m.pods {
 		protocol := "TCP"
-		if p.node != nil || p.hbone {
+		if (p.node != nil || p.hbone) && !p.plain {
 			protocol = "HBONE"
 		}
 		fmt.Fprintf(&b, `- uid: %s

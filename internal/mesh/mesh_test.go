@@ -141,6 +141,7 @@ type pod struct {
 	ip          netip.Addr
 	captured    bool
 	hbone       bool // speaks HBONE itself
+	plain       bool // takes no tunnels, whoever serves it
 	trustDomain string
 	services    string   // YAML: what it serves
 	more        []string // YAML: further keys

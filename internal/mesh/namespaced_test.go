@@ -13,8 +13,6 @@ import (
 //
 // Left out, because what they are about is not built:
 //
-//	server_uncaptured_dedicated, client_uncaptured_dedicated, cross_node_captured_dedicated
-//	    the emulator is the shared ztunnel of a node and has no dedicated mode
 //	double_hbone1, double_hbone2
 //	    there is one network
 //	test_prefetch_forget_certs
@@ -32,6 +30,9 @@ func TestNamespaced(t *testing.T) {
 		{"server_uncaptured_inpod", serverUncaptured},
 		{"client_uncaptured_inpod", serverUncaptured}, // the same there, name notwithstanding
 		{"cross_node_captured_inpod", func(t *testing.T) { captured(t, local, remote) }},
+		{"server_uncaptured_dedicated", serverUncapturedDedicated},
+		{"client_uncaptured_dedicated", serverUncapturedDedicated}, // the same there, again
+		{"cross_node_captured_dedicated", crossNodeCapturedDedicated},
 		{"workload_waypoint", workloadWaypoint},
 		{"service_waypoint", serviceWaypoint},
 		{"service_waypoint_hostname", serviceWaypointHostname},

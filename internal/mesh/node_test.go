@@ -60,7 +60,13 @@ func (n *node) del(t *testing.T, p *pod) {
 
 func (n *node) verb(t *testing.T, args ...string) {
 	t.Helper()
-	if out, err := exec.Command(filepath.Join(bin, "cni-emulator"), append(args, "--control-uds", n.control())...).CombinedOutput(); err != nil {
+	cni(t, append(args, "--control-uds", n.control())...)
+}
+
+// cni runs cni-emulator, which must go well.
+func cni(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(filepath.Join(bin, "cni-emulator"), args...).CombinedOutput(); err != nil {
 		t.Fatalf("cni-emulator %s: %v: %s", strings.Join(args, " "), err, out)
 	}
 }
