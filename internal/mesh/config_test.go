@@ -24,17 +24,17 @@ func (m *mesh) config() string {
 		fmt.Fprintf(&b, `- uid: %s
   name: %s
   namespace: default
-  serviceAccount: %[2]s
-  trustDomain: %s
+  serviceAccount: %[8]s
+  trustDomain: %[3]s
   clusterId: Kubernetes
-  workloadIps: ["%v"]
-  protocol: %s
-  node: %s
+  workloadIps: ["%[4]v"]
+  protocol: %[5]s
+  node: %[6]s
   workloadName: %[2]s
   workloadType: deployment
   canonicalName: %[2]s
   services: %[7]s
-`, p.uid(), p.name, p.trustDomain, p.ip, protocol, nodeNames[int(p.ip.As4()[2])], p.services)
+`, p.uid(), p.name, p.trustDomain, p.ip, protocol, nodeNames[int(p.ip.As4()[2])], p.services, p.account)
 		for _, key := range p.more {
 			fmt.Fprintf(&b, "  %s\n", key)
 		}

@@ -138,6 +138,7 @@ type pod struct {
 	place
 	node        *node
 	name        string
+	account     string // its service account; by default its name
 	ip          netip.Addr
 	captured    bool
 	hbone       bool // speaks HBONE itself
@@ -152,7 +153,7 @@ func (p *pod) at(port uint16) netip.AddrPort { return netip.AddrPortFrom(p.ip, p
 
 // identity is what the pod's certificate says.
 func (p *pod) identity() string {
-	return "spiffe://" + p.trustDomain + "/ns/default/sa/" + p.name
+	return "spiffe://" + p.trustDomain + "/ns/default/sa/" + p.account
 }
 
 func (p *pod) uid() string { return "cluster1//v1/Pod/default/" + p.name }
@@ -166,7 +167,7 @@ func (m *mesh) uncaptured(t *testing.T, name string, on int) *pod {
 	id := 2 + (on-2)*podsPerNode + m.taken[on]
 	m.taken[on]++
 	p := &pod{
-		place: m.open(t, fmt.Sprint("pod", id)), name: name, ip: netip.AddrFrom4([4]byte{10, 0, byte(on), byte(id)}),
+		place: m.open(t, fmt.Sprint("pod", id)), name: name, account: name, ip: netip.AddrFrom4([4]byte{10, 0, byte(on), byte(id)}),
 		trustDomain: "cluster.local", services: "{}",
 	}
 	m.pods = append(m.pods, p)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"strings"
 	"testing"
 	"time"
 )
@@ -15,8 +16,6 @@ import (
 //
 //	double_hbone1, double_hbone2
 //	    there is one network
-//	test_prefetch_forget_certs
-//	    needs the admin server's dump; the package identity has tests of its own
 //	test_hbone_metrics_access
 //	    needs the metrics server, and ztunnel's own listener on 15008
 //
@@ -48,6 +47,7 @@ func TestNamespaced(t *testing.T) {
 		{"test_svc_hostname_named_port", func(t *testing.T) { svcHostnamePort(t, 0) }},
 		{"malicious_calls_inpod", maliciousCalls},
 		{"trust_domain_mismatch_rejected", trustDomainMismatch},
+		{"test_prefetch_forget_certs", prefetchForgetCerts},
 		{"crl_inbound_rejects_revoked_cert", crlInboundRejects},
 		{"crl_outbound_rejects_revoked_cert", crlOutboundRejects},
 		{"crl_inbound_terminates_existing_connection_on_revocation", crlInboundTerminates},
@@ -186,6 +186,41 @@ func trustDomainMismatch(t *testing.T) {
 	// And it was one handshake: who is refused does not try again.
 	server.node.says(t, denied(client, server.at(15008), "inbound",
 		`tls handshake error: peer spiffe://clusterset.local/ns/default/sa/client: expected trust domain "cluster.local"`))
+}
+
+// prefetchForgetCerts: who has a certificate, of whom there is nothing to see yet but
+// what the log says (the real case looks at the admin server's dump).
+func prefetchForgetCerts(t *testing.T) {
+	m := newMesh(t)
+	one, two, other := m.pod(t, "one", local), m.pod(t, "two", local), m.pod(t, "other", local)
+	far := m.pod(t, "far", remote)
+	two.account = one.account
+	n := one.node
+	n.env = append(n.env, "RUST_LOG=debug")
+	m.start(t)
+	const issued, dropped = "certificate issued\t", "certificate dropped"
+	count := func(what string, p *pod) (lines int) {
+		for line := range strings.Lines(n.zt.out.String()) {
+			if strings.Contains(line, what) && strings.Contains(line, fmt.Sprintf("identity=%q", p.identity())) {
+				lines++
+			}
+		}
+		return lines
+	}
+	waitFor(t, "certificates", func() bool { return count(issued, one) > 0 && count(issued, other) > 0 })
+	n.del(t, one)
+	n.del(t, other)
+	waitFor(t, "end of a certificate", func() bool { return count(dropped, other) > 0 })
+	if count(dropped, one) != 0 {
+		t.Error("a certificate is gone that another pod uses")
+	}
+	n.del(t, two)
+	waitFor(t, "end of the other certificate", func() bool { return count(dropped, one) > 0 })
+	for p, want := range map[*pod]int{one: 1, other: 1, far: 0} {
+		if got := count(issued, p); got != want {
+			t.Errorf("%d certificates for %s, want %d", got, p.name, want)
+		}
+	}
 }
 
 // Matrix cells of maliciousCalls.

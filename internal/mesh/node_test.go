@@ -49,7 +49,7 @@ func (n *node) startZtunnel(t *testing.T) {
 // add has the node's agent make the pod one of its own.
 func (n *node) add(t *testing.T, p *pod) {
 	t.Helper()
-	n.verb(t, "add", p.name, "--netns", p.path, "--service-account", p.name, "--uid", p.uid())
+	n.verb(t, "add", p.name, "--netns", p.path, "--service-account", p.account, "--uid", p.uid())
 }
 
 // del ends the pod.

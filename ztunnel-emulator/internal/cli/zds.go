@@ -80,6 +80,7 @@ func (z *serveZDS) run() error {
 	}
 	if mesh != nil {
 		pods.Mesh = mesh.Mesh
+		pods.Mesh.Dedicated = config.own != nil
 	}
 	served, err := z.serve(ctx, config, pods, readiness, log)
 	if served == nil {

@@ -182,6 +182,7 @@ func (m *Manager) Forget(id ID) {
 	}
 	if e.claims--; e.claims <= 0 {
 		delete(m.entries, id)
+		m.opts.Log.Debug("certificate dropped: nobody uses the identity", "identity", id.String())
 	}
 }
 

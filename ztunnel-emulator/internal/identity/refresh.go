@@ -146,7 +146,9 @@ func (m *Manager) land(e *entry, f *flight) {
 	close(f.done)
 	m.poke()
 
-	if f.err != nil && m.ctx.Err() == nil {
+	if f.err == nil {
+		m.opts.Log.Debug("certificate issued", "identity", e.id.String(), "not_after", f.cert.TLS.Leaf.NotAfter)
+	} else if m.ctx.Err() == nil {
 		m.opts.Log.Warn("certificate not issued", "identity", e.id.String(), "error", f.err,
 			"retry", due.Sub(now).Round(time.Millisecond), "have_valid", valid)
 	}

@@ -24,6 +24,7 @@ type Mesh struct {
 	ResponseBaggage    bool // ENABLE_RESPONSE_BAGGAGE
 	LocalhostAppTunnel bool // LOCALHOST_APP_TUNNEL
 	PolicyInfo         bool // AUTHZ_POLICY_INFO_LOGGING
+	Dedicated          bool // PROXY_MODE=dedicated: no certificate before somebody needs it
 	Log                *slog.Logger
 
 	mu   sync.Mutex
@@ -90,7 +91,7 @@ func (m *Mesh) part(p *Pod) {
 func (p *Pod) prefetch() {
 	defer p.wg.Done()
 	own, err := p.own()
-	if err != nil || own.Protocol != workload.HBONE {
+	if err != nil || own.Protocol != workload.HBONE || p.mesh().Dedicated {
 		return
 	}
 	id := idOf(own)
