@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // resolver answers every question with one address, over UDP and TCP, and tells
@@ -25,13 +27,11 @@ type resolver struct {
 var theAnswer = [4]byte{192, 0, 2, 7}
 
 // resolve starts a resolver in a place of its own.
-func (p *place) resolve(t *testing.T, six bool) resolver {
+func resolve(t *testing.T, p *worldtest.Place, six bool) resolver {
 	t.Helper()
-	r := resolver{netip.AddrPortFrom(p.ip(six), 53), make(chan netip.AddrPort, 16)}
-	packets := p.packets(t, r.addr)
-	l := p.listen(t, r.addr.Addr(), 53)
-	go r.overUDP(packets)
-	go r.overTCP(l)
+	r := resolver{at(p, six, 53), make(chan netip.AddrPort, 16)}
+	go r.overUDP(packets(t, p, r.addr))
+	go r.overTCP(p.Listen(t, r.addr))
 	return r
 }
 
@@ -49,13 +49,13 @@ func (r resolver) overUDP(c *net.UDPConn) {
 	}
 }
 
-func (r resolver) overTCP(l server) {
+func (r resolver) overTCP(l worldtest.Server) {
 	for {
 		c, err := l.AcceptTCP()
 		if err != nil {
 			return // closed
 		}
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(worldtest.Patience))
 		r.asked <- remote(c)
 		if query, err := readMessage(c); err == nil {
 			if answer, err := answerTo(query); err == nil {
@@ -120,13 +120,13 @@ func checkAnswer(t *testing.T, b []byte, id uint16) {
 
 // askUDP asks over UDP, as a stub resolver does it: from a connected socket, which
 // takes answers of that server only.
-func (p *place) askUDP(t *testing.T, server netip.AddrPort, id uint16) {
+func askUDP(t *testing.T, p *worldtest.Place, server netip.AddrPort, id uint16) {
 	t.Helper()
 	unspecified := netip.IPv4Unspecified()
 	if server.Addr().Is6() {
 		unspecified = netip.IPv6Unspecified()
 	}
-	c := p.packets(t, netip.AddrPortFrom(unspecified, 0))
+	c := packets(t, p, netip.AddrPortFrom(unspecified, 0))
 	defer c.Close()
 	if _, err := c.WriteToUDPAddrPort(question(t, id), server); err != nil {
 		t.Fatal(err)
@@ -142,9 +142,9 @@ func (p *place) askUDP(t *testing.T, server netip.AddrPort, id uint16) {
 	checkAnswer(t, b[:n], id)
 }
 
-func (p *place) askTCP(t *testing.T, server netip.AddrPort, id uint16) {
+func askTCP(t *testing.T, p *worldtest.Place, server netip.AddrPort, id uint16) {
 	t.Helper()
-	c := p.dial(t, server)
+	c := p.Dial(t, server)
 	defer c.Close()
 	if err := writeMessage(c, question(t, id)); err != nil {
 		t.Fatal(err)
@@ -157,13 +157,13 @@ func (p *place) askTCP(t *testing.T, server netip.AddrPort, id uint16) {
 }
 
 // resolvConf is a setting of ztunnel: whom it asks.
-func resolvConf(t *testing.T, r resolver) setting {
+func resolvConf(t *testing.T, r resolver) func(*worldtest.Node) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "resolv.conf")
 	if err := os.WriteFile(path, fmt.Appendf(nil, "nameserver %v\n", r.addr.Addr()), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	return withArgs("--resolv-conf", path)
+	return func(n *worldtest.Node) { n.Args = append(n.Args, "--resolv-conf", path) }
 }
 
 // elsewhere is a server that does not exist, for who asks it and is captured.
@@ -179,26 +179,26 @@ func elsewhere(six bool) netip.AddrPort {
 func TestDNSCaptured(t *testing.T) {
 	eachWay(t, func(t *testing.T, form string, six bool) {
 		client, srv := pod(t, 2), pod(t, 3)
-		r := srv.resolve(t, six)
+		r := resolve(t, srv, six)
 		n := newNode(t, resolvConf(t, r))
-		n.add(t, client, "--capture", form, "--dns-capture")
+		n.Add(t, client, "--capture", form, "--dns-capture")
 		for id := uint16(1); id < 4; id++ {
-			client.askUDP(t, elsewhere(six), id)
-			if from := <-r.asked; from.Addr() != client.ip(six) {
+			askUDP(t, client, elsewhere(six), id)
+			if from := <-r.asked; from.Addr() != client.IP(six) {
 				t.Errorf("over UDP the resolver was asked by %v", from)
 			}
-			client.askTCP(t, elsewhere(six), id)
-			if from := <-r.asked; from.Addr() != client.ip(six) {
+			askTCP(t, client, elsewhere(six), id)
+			if from := <-r.asked; from.Addr() != client.IP(six) {
 				t.Errorf("over TCP the resolver was asked by %v", from)
 			}
 		}
 		// The pod's own resolver stays its own.
-		own := client.resolve(t, six)
-		client.askUDP(t, own.addr, 7)
-		if from := <-own.asked; from.Addr() != client.ip(six) {
+		own := resolve(t, client, six)
+		askUDP(t, client, own.addr, 7)
+		if from := <-own.asked; from.Addr() != client.IP(six) {
 			t.Errorf("the pod's own resolver was asked by %v", from)
 		}
-		if lines := n.zt.lines(); len(lines) > 0 {
+		if lines := n.ZT.Lines(); len(lines) > 0 {
 			t.Errorf("DNS has access lines: %q", lines)
 		}
 	})
@@ -209,14 +209,14 @@ func TestDNSCaptured(t *testing.T) {
 func TestDNSNotCaptured(t *testing.T) {
 	eachWay(t, func(t *testing.T, form string, six bool) {
 		client, srv := pod(t, 2), pod(t, 3)
-		r := srv.resolve(t, six)
+		r := resolve(t, srv, six)
 		n := newNode(t, resolvConf(t, resolver{addr: elsewhere(six)}))
-		n.add(t, client, "--capture", form)
-		client.askUDP(t, r.addr, 1)
+		n.Add(t, client, "--capture", form)
+		askUDP(t, client, r.addr, 1)
 		<-r.asked
-		client.askTCP(t, r.addr, 2)
+		askTCP(t, client, r.addr, 2)
 		<-r.asked
-		n.zt.line(t, fmt.Sprintf(`dst.addr=%v direction="outbound"`, r.addr))
+		n.ZT.Line(t, fmt.Sprintf(`dst.addr=%v direction="outbound"`, r.addr))
 	})
 }
 
@@ -225,28 +225,28 @@ func TestDNSNotCaptured(t *testing.T) {
 func TestPodDeletedWhileResolving(t *testing.T) {
 	t.Parallel()
 	client, srv := pod(t, 2), pod(t, 3)
-	silent := srv.packets(t, netip.AddrPortFrom(srv.ip4, 53))
-	silentTCP := srv.listen(t, srv.ip4, 53)
-	n := newNode(t, resolvConf(t, resolver{addr: netip.AddrPortFrom(srv.ip4, 53)}))
-	n.add(t, client, "--capture", "redirect", "--dns-capture")
-	c := client.packets(t, netip.AddrPortFrom(netip.IPv4Unspecified(), 0))
+	silent := packets(t, srv, srv.At(53))
+	silentTCP := srv.Listen(t, srv.At(53))
+	n := newNode(t, resolvConf(t, resolver{addr: srv.At(53)}))
+	n.Add(t, client, "--capture", "redirect", "--dns-capture")
+	c := packets(t, client, netip.AddrPortFrom(netip.IPv4Unspecified(), 0))
 	if _, err := c.WriteToUDPAddrPort(question(t, 1), elsewhere(false)); err != nil {
 		t.Fatal(err)
 	}
-	overTCP := client.dial(t, elsewhere(false))
+	overTCP := client.Dial(t, elsewhere(false))
 	if err := writeMessage(overTCP, question(t, 2)); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := silent.ReadFromUDPAddrPort(make([]byte, 512)); err != nil {
 		t.Fatal(err)
 	}
-	silentTCP.accept(t)
+	silentTCP.Accept(t)
 	began := time.Now()
-	n.del(t, client)
+	n.Del(t, client)
 	if took := time.Since(began); took > 3*time.Second {
 		t.Errorf("del took %v", took)
 	}
 	c.Close()
 	overTCP.Close()
-	freed(t, client, 2)
+	client.Freed(t)
 }

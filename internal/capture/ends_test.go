@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // There is no way to where the client wants to go: it is reset at once, and the
@@ -16,7 +18,7 @@ import (
 func TestUnreachable(t *testing.T) {
 	eachWay(t, func(t *testing.T, form string, six bool) {
 		n, client := newNode(t), pod(t, 2)
-		n.add(t, client, "--capture", form)
+		n.Add(t, client, "--capture", form)
 		to := netip.AddrPortFrom(netip.MustParseAddr(map[string]string{"redirect": "10.98.0.1", "tproxy": "10.98.0.2"}[form]), 80)
 		says := "No route to host (os error 113)"
 		if six {
@@ -24,11 +26,11 @@ func TestUnreachable(t *testing.T) {
 			says = "Network is unreachable (os error 101)"
 		}
 		nowhere(t, "unreachable", 2, to.Addr())
-		c := client.dial(t, to)
-		hearsReset(t, c)
+		c := client.Dial(t, to)
+		c.HearsReset(t)
 		want := fmt.Sprintf(`error access connection complete src.addr=%v src.workload="%s" src.namespace="default" dst.addr=%v direction="outbound" bytes_sent=0 bytes_recv=0 duration="…" error="io error: %s"`,
-			local(c), client.name, to, says)
-		if got := n.zt.line(t, fmt.Sprintf("dst.addr=%v ", to)); got != want {
+			local(c), client.Name, to, says)
+		if got := n.ZT.Line(t, fmt.Sprintf("dst.addr=%v ", to)); got != want {
 			t.Errorf("got\n%s\nwant\n%s", got, want)
 		}
 	})
@@ -38,10 +40,7 @@ func TestUnreachable(t *testing.T) {
 // says to its pods, or blackhole.
 func nowhere(t *testing.T, kind string, node int, addr netip.Addr) {
 	t.Helper()
-	if err := built(); err != nil {
-		t.Fatal(err)
-	}
-	(&place{name: fmt.Sprint("node", node)}).run(t, "ip", "route", "add", kind, addr.String())
+	world(t).Open(t, fmt.Sprint("node", node)).Run(t, "ip", "route", "add", kind, addr.String())
 }
 
 // Nobody answers: after ten seconds the client is reset.
@@ -50,16 +49,16 @@ func TestBlackHole(t *testing.T) {
 	to := netip.MustParseAddrPort("10.99.0.1:80")
 	nowhere(t, "blackhole", 2, to.Addr())
 	n, client := newNode(t), pod(t, 2)
-	n.add(t, client, "--capture", "redirect")
+	n.Add(t, client, "--capture", "redirect")
 	began := time.Now()
-	c := client.dial(t, to)
-	hearsReset(t, c)
+	c := client.Dial(t, to)
+	c.HearsReset(t)
 	if took := time.Since(began); took < 10*time.Second || took > 13*time.Second {
 		t.Errorf("the reset came after %v, want 10s", took)
 	}
 	want := fmt.Sprintf(`error access connection complete src.addr=%v src.workload="%s" src.namespace="default" dst.addr=%v direction="outbound" bytes_sent=0 bytes_recv=0 duration="…" error="io error: timed out"`,
-		local(c), client.name, to)
-	if got := n.zt.line(t, fmt.Sprintf("dst.addr=%v ", to)); got != want {
+		local(c), client.Name, to)
+	if got := n.ZT.Line(t, fmt.Sprintf("dst.addr=%v ", to)); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 }
@@ -73,16 +72,16 @@ func TestPodDeletedWhileConnecting(t *testing.T) {
 	to := netip.MustParseAddrPort("10.99.0.2:80")
 	nowhere(t, "blackhole", 2, to.Addr())
 	n, client := newNode(t, withEnv("RUST_LOG=debug")), pod(t, 2)
-	n.add(t, client, "--capture", "redirect")
-	c := client.dial(t, to)
-	n.zt.line(t, "connection opened")
+	n.Add(t, client, "--capture", "redirect")
+	c := client.Dial(t, to)
+	n.ZT.Line(t, "connection opened")
 	began := time.Now()
-	n.del(t, client)
-	hearsReset(t, c)
+	n.Del(t, client)
+	c.HearsReset(t)
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("the reset came after %v", took)
 	}
-	if got := n.zt.line(t, "connection complete"); !strings.HasPrefix(got, "error ") || !strings.HasSuffix(got, " "+drained) {
+	if got := n.ZT.Line(t, "connection complete"); !strings.HasPrefix(got, "error ") || !strings.HasSuffix(got, " "+drained) {
 		t.Errorf("the access line is %s", got)
 	}
 }
@@ -94,17 +93,17 @@ func TestPodDeletedInMidTransfer(t *testing.T) {
 		t.Run(form, func(t *testing.T) {
 			t.Parallel()
 			n, client, srv := newNode(t, withEnv("ISTIO_META_DNS_CAPTURE=true")), pod(t, 2), pod(t, 3)
-			n.add(t, client, "--capture", form, "--dns-capture")
-			l := srv.listen(t, srv.ip4, 0)
-			c := client.dial(t, l.addr)
-			s := l.accept(t)
+			n.Add(t, client, "--capture", form, "--dns-capture")
+			l := srv.Listen(t, srv.At(0))
+			c := client.Dial(t, l.At)
+			s := l.Accept(t)
 			ended := make(chan error, 1)
 			go pour(c, ended)
-			hears(t, s, strings.Repeat("\x00", 4<<20))
-			idle := client.dial(t, l.addr)
-			idleServer := l.accept(t)
+			s.Hears(t, strings.Repeat("\x00", 4<<20))
+			idle := client.Dial(t, l.At)
+			idleServer := l.Accept(t)
 
-			n.del(t, client)
+			n.Del(t, client)
 			if err := <-ended; err == nil {
 				t.Error("the client has not been told")
 			}
@@ -113,10 +112,10 @@ func TestPodDeletedInMidTransfer(t *testing.T) {
 					break
 				}
 			}
-			hearsReset(t, idle)
-			hearsReset(t, idleServer)
+			idle.HearsReset(t)
+			idleServer.HearsReset(t)
 			for _, from := range []net.Conn{c, idle} {
-				got := n.zt.line(t, fmt.Sprintf("src.addr=%v ", local(from)))
+				got := n.ZT.Line(t, fmt.Sprintf("src.addr=%v ", local(from)))
 				if !strings.HasPrefix(got, "error ") || !strings.HasSuffix(got, drained) {
 					t.Errorf("the access line is %s", got)
 				}
@@ -124,7 +123,7 @@ func TestPodDeletedInMidTransfer(t *testing.T) {
 
 			c.Close()
 			idle.Close()
-			freed(t, client, 2)
+			client.Freed(t)
 		})
 	}
 }
@@ -140,22 +139,6 @@ func pour(c net.Conn, ended chan<- error) {
 	}
 }
 
-// freed removes the name and our own descriptor of a pod, and waits until the
-// kernel has freed it: the other end of its veth goes then.
-func freed(t *testing.T, p *place, node int) {
-	t.Helper()
-	in := place{name: fmt.Sprint("node", node)}
-	veth := "veth" + strings.TrimPrefix(p.name, "pod")
-	in.run(t, "ip", "link", "show", veth)
-	in.run(t, "ip", "netns", "delete", "world-"+p.name)
-	if err := p.NS.Close(); err != nil {
-		t.Fatal(err)
-	}
-	waitFor(t, "end of the namespace of "+p.name, func() bool {
-		return !strings.Contains(in.run(t, "ip", "-o", "link"), " "+veth+"@")
-	})
-}
-
 // ztunnel is killed in mid-traffic: what runs, ends; what comes is refused, not
 // let by; and with the next ztunnel all is well again, without anybody's doing.
 func TestZtunnelKilled(t *testing.T) {
@@ -163,16 +146,16 @@ func TestZtunnelKilled(t *testing.T) {
 		t.Run(form, func(t *testing.T) {
 			t.Parallel()
 			n, client, srv := newNode(t), pod(t, 2), pod(t, 2)
-			n.add(t, client, "--capture", form)
-			n.add(t, srv, "--capture", form)
-			l := srv.listen(t, srv.ip4, 0)
-			c := client.dial(t, l.addr)
-			s := l.accept(t)
+			n.Add(t, client, "--capture", form)
+			n.Add(t, srv, "--capture", form)
+			l := srv.Listen(t, srv.At(0))
+			c := client.Dial(t, l.At)
+			s := l.Accept(t)
 			ended := make(chan error, 1)
 			go pour(c, ended)
-			hears(t, s, strings.Repeat("\x00", 4<<20))
+			s.Hears(t, strings.Repeat("\x00", 4<<20))
 
-			n.zt.end(t, unix.SIGKILL)
+			n.ZT.End(t, unix.SIGKILL)
 			if err := <-ended; err == nil {
 				t.Error("the client has not been told")
 			}
@@ -181,13 +164,13 @@ func TestZtunnelKilled(t *testing.T) {
 					break
 				}
 			}
-			if c, err := client.connect(l.addr); err == nil {
+			if c, err := client.Connect(l.At); err == nil {
 				c.Close()
 				t.Error("connected while there is no ztunnel")
 			}
 
-			n.startZtunnel(t)
-			n.zt.says(t, "ready\tpods=2")
+			n.StartZtunnel(t)
+			n.ZT.Says(t, "ready\tpods=2")
 			talk(t, client, l)
 		})
 	}
@@ -197,15 +180,15 @@ func TestZtunnelKilled(t *testing.T) {
 func TestApplicationRestarted(t *testing.T) {
 	eachPath(t, func(t *testing.T, p path) {
 		l := p.listen(t)
-		c := p.client.dial(t, l.addr)
-		s := l.accept(t)
+		c := p.client.Dial(t, l.At)
+		s := l.Accept(t)
 		l.Close()
 		s.Close()
-		hearsEnd(t, c)
+		c.HearsEnd(t)
 		c.Close()
-		gap := p.client.dial(t, l.addr)
-		hearsReset(t, gap)
-		talk(t, p.client, p.server.listen(t, l.addr.Addr(), l.addr.Port()))
+		gap := p.client.Dial(t, l.At)
+		gap.HearsReset(t)
+		talk(t, p.client, p.server.Listen(t, l.At))
 	})
 }
 
@@ -214,42 +197,42 @@ func TestDrain(t *testing.T) {
 	t.Parallel()
 	const deadline = 1500 * time.Millisecond
 	n, client, srv := newNode(t, withEnv("CONNECTION_TERMINATION_DEADLINE="+deadline.String())), pod(t, 2), pod(t, 3)
-	n.add(t, client, "--capture", "redirect")
-	l := srv.listen(t, srv.ip4, 0)
-	c := client.dial(t, l.addr)
-	s := l.accept(t)
-	ends := client.dial(t, l.addr)
-	endsServer := l.accept(t)
+	n.Add(t, client, "--capture", "redirect")
+	l := srv.Listen(t, srv.At(0))
+	c := client.Dial(t, l.At)
+	s := l.Accept(t)
+	ends := client.Dial(t, l.At)
+	endsServer := l.Accept(t)
 
 	began := time.Now()
-	n.zt.cmd.Process.Signal(unix.SIGTERM)
-	waitFor(t, "end of the listeners", func() bool {
-		late, err := client.connect(l.addr)
+	n.ZT.Signal(unix.SIGTERM)
+	worldtest.WaitFor(t, "end of the listeners", func() bool {
+		late, err := client.Connect(l.At)
 		if err == nil {
 			late.Close()
 		}
 		return err != nil
 	})
-	say(t, c, "still here")
-	hears(t, s, "still here")
-	say(t, s, "so am I")
-	hears(t, c, "so am I")
+	c.Say(t, "still here")
+	s.Hears(t, "still here")
+	s.Say(t, "so am I")
+	c.Hears(t, "so am I")
 	ends.Close()
-	hearsEnd(t, endsServer)
+	endsServer.HearsEnd(t)
 	endsServer.Close()
-	if got := n.zt.line(t, fmt.Sprintf("src.addr=%v ", local(ends))); !strings.HasPrefix(got, "info ") {
+	if got := n.ZT.Line(t, fmt.Sprintf("src.addr=%v ", local(ends))); !strings.HasPrefix(got, "info ") {
 		t.Errorf("of a connection that ends by itself it says %s", got)
 	}
 
-	hearsReset(t, c)
+	c.HearsReset(t)
 	if took := time.Since(began); took < deadline {
 		t.Errorf("cut after %v, before the deadline", took)
 	}
-	hearsReset(t, s)
-	n.zt.end(t, 0)
+	s.HearsReset(t)
+	n.ZT.End(t, 0)
 	want := fmt.Sprintf(`error access connection complete src.addr=%v src.workload="%s" src.namespace="default" dst.addr=%v direction="outbound" bytes_sent=10 bytes_recv=7 duration="…" %s`,
-		local(c), client.name, l.addr, drained)
-	if got := n.zt.line(t, fmt.Sprintf("src.addr=%v ", local(c))); got != want {
+		local(c), client.Name, l.At, drained)
+	if got := n.ZT.Line(t, fmt.Sprintf("src.addr=%v ", local(c))); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 }
@@ -258,7 +241,7 @@ func TestDrain(t *testing.T) {
 func TestDrainOfNothing(t *testing.T) {
 	t.Parallel()
 	n, client, srv := newNode(t, withEnv("CONNECTION_TERMINATION_DEADLINE=1m")), pod(t, 2), pod(t, 3)
-	n.add(t, client, "--capture", "redirect")
-	talk(t, client, srv.listen(t, srv.ip4, 0))
-	n.zt.end(t, unix.SIGTERM)
+	n.Add(t, client, "--capture", "redirect")
+	talk(t, client, srv.Listen(t, srv.At(0)))
+	n.ZT.End(t, unix.SIGTERM)
 }

@@ -8,26 +8,23 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // A gibibyte arrives as it was sent.
 func TestGigabyte(t *testing.T) {
 	eachWay(t, func(t *testing.T, form string, six bool) {
 		n, client, srv := newNode(t, fast), pod(t, 2), pod(t, 3)
-		n.add(t, client, "--capture", form)
-		n.add(t, srv, "--capture", form)
-		l := srv.listen(t, srv.ip(six), 0)
-		c := client.dial(t, l.addr)
-		s := l.accept(t)
-		for _, conn := range []net.Conn{c, s} {
-			conn.SetDeadline(time.Now().Add(time.Minute))
-		}
-		sum := make(chan uint32, 1)
-		go send(c, 1<<30, 1, sum)
-		arrives(t, s, 1<<30, sum)
+		n.Add(t, client, "--capture", form)
+		n.Add(t, srv, "--capture", form)
+		l := srv.Listen(t, at(srv, six, 0))
+		c := client.Dial(t, l.At)
+		s := l.Accept(t)
+		worldtest.Pass(t, c, s, 1<<30, 1)
 		s.Close()
-		n.zt.line(t, `direction="outbound" bytes_sent=1073741824 bytes_recv=0`)
-		n.zt.line(t, `direction="inbound" bytes_sent=0 bytes_recv=1073741824`)
+		n.ZT.Line(t, `direction="outbound" bytes_sent=1073741824 bytes_recv=0`)
+		n.ZT.Line(t, `direction="inbound" bytes_sent=0 bytes_recv=1073741824`)
 	})
 }
 
@@ -60,7 +57,7 @@ func each(n int, f func(i int) error) error {
 
 // crowd makes n connections, both of whose ends the caller closes, and pairs them:
 // each client says its number.
-func crowd(from *place, l server, n int) (clients, servers []*net.TCPConn, err error) {
+func crowd(from *worldtest.Place, l worldtest.Server, n int) (clients, servers []*net.TCPConn, err error) {
 	clients, servers = make([]*net.TCPConn, n), make([]*net.TCPConn, n)
 	accepted := make(chan error, 1)
 	l.SetDeadline(time.Now().Add(20 * time.Second))
@@ -80,12 +77,12 @@ func crowd(from *place, l server, n int) (clients, servers []*net.TCPConn, err e
 		})
 	}()
 	err = each(n, func(i int) error {
-		c, err := from.connect(l.addr)
+		c, err := from.Connect(l.At)
 		if err != nil {
 			return err
 		}
 		c.SetDeadline(time.Now().Add(20 * time.Second))
-		clients[i] = c
+		clients[i] = c.TCPConn
 		_, err = fmt.Fprintf(c, "%06d\n", i)
 		return err
 	})
@@ -113,13 +110,13 @@ func TestFiveThousand(t *testing.T) {
 		t.Fatalf("too few descriptors for this test: %d (%v); raise ulimit -Hn", limit.Max, err)
 	}
 	a, b, client, srv := newNode(t, fast), newNode(t, fast), pod(t, 2), pod(t, 3)
-	a.add(t, client, "--capture", "redirect")
-	b.add(t, srv, "--capture", "redirect")
-	l := srv.listen(t, srv.ip4, 0)
+	a.Add(t, client, "--capture", "redirect")
+	b.Add(t, srv, "--capture", "redirect")
+	l := srv.Listen(t, srv.At(0))
 	talk(t, client, l)
-	a.zt.line(t, "outbound")
-	b.zt.line(t, "inbound")
-	beforeA, beforeB := len(a.zt.descriptors(t, "")), len(b.zt.descriptors(t, ""))
+	a.ZT.Line(t, "outbound")
+	b.ZT.Line(t, "inbound")
+	beforeA, beforeB := len(a.ZT.Descriptors(t, "")), len(b.ZT.Descriptors(t, ""))
 
 	clients, servers, err := crowd(client, l, many)
 	defer closeAll(clients)
@@ -127,10 +124,10 @@ func TestFiveThousand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := len(a.zt.descriptors(t, "")) - beforeA; got != 2*many {
+	if got := len(a.ZT.Descriptors(t, "")) - beforeA; got != 2*many {
 		t.Errorf("the client's ztunnel has %d descriptors for %d connections", got, many)
 	}
-	if got := len(b.zt.descriptors(t, "")) - beforeB; got != 2*many {
+	if got := len(b.ZT.Descriptors(t, "")) - beforeB; got != 2*many {
 		t.Errorf("the server's ztunnel has %d descriptors for %d connections", got, many)
 	}
 	// Each server tells its client the number.
@@ -150,7 +147,7 @@ func TestFiveThousand(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
-	waitFor(t, "end of all connections", func() bool {
-		return len(a.zt.descriptors(t, "socket:")) < beforeA && len(b.zt.descriptors(t, "socket:")) < beforeB
+	worldtest.WaitFor(t, "end of all connections", func() bool {
+		return len(a.ZT.Descriptors(t, "socket:")) < beforeA && len(b.ZT.Descriptors(t, "socket:")) < beforeB
 	})
 }

@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // What is not captured does not pass through ztunnel: UDP, and whatever the pod
@@ -12,13 +14,13 @@ import (
 func TestUntouched(t *testing.T) {
 	eachWay(t, func(t *testing.T, form string, six bool) {
 		n, client, srv := newNode(t), pod(t, 2), pod(t, 3)
-		n.add(t, client, "--capture", form)
-		n.add(t, srv, "--capture", form)
+		n.Add(t, client, "--capture", form)
+		n.Add(t, srv, "--capture", form)
 
 		// UDP: the ports are those of both, on both sides.
-		there := srv.packets(t, netip.AddrPortFrom(srv.ip(six), 0))
+		there := packets(t, srv, at(srv, six, 0))
 		to := there.LocalAddr().(*net.UDPAddr).AddrPort()
-		here := client.packets(t, netip.AddrPortFrom(client.ip(six), 0))
+		here := packets(t, client, at(client, six, 0))
 		from := here.LocalAddr().(*net.UDPAddr).AddrPort()
 		if _, err := here.WriteToUDPAddrPort([]byte("ping"), to); err != nil {
 			t.Fatal(err)
@@ -36,25 +38,25 @@ func TestUntouched(t *testing.T) {
 		}
 
 		// The pod itself: by loopback, by its own address, with the ports of both.
-		selves := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.5"), client.ip4}
+		selves := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.5"), client.IP4}
 		if six {
-			selves = []netip.Addr{netip.IPv6Loopback(), client.ip6}
+			selves = []netip.Addr{netip.IPv6Loopback(), client.IP6}
 		}
 		for _, ip := range selves {
-			l := client.listen(t, ip, 0)
-			c := client.dial(t, l.addr)
-			s := l.accept(t)
+			l := client.Listen(t, netip.AddrPortFrom(ip, 0))
+			c := client.Dial(t, l.At)
+			s := l.Accept(t)
 			if remote(s) != local(c) {
 				t.Errorf("at %v the server sees %v, want %v", ip, remote(s), local(c))
 			}
-			say(t, c, "x")
-			hears(t, s, "x")
+			c.Say(t, "x")
+			s.Hears(t, "x")
 		}
 
 		// None of it was ztunnel's; what is, has a line on each side.
-		talk(t, client, srv.listen(t, srv.ip(six), 0))
-		n.zt.line(t, "outbound")
-		n.zt.line(t, "inbound")
+		talk(t, client, srv.Listen(t, at(srv, six, 0)))
+		n.ZT.Line(t, "outbound")
+		n.ZT.Line(t, "inbound")
 	})
 }
 
@@ -62,37 +64,37 @@ func TestUntouched(t *testing.T) {
 func TestSelfCalls(t *testing.T) {
 	eachWay(t, func(t *testing.T, form string, six bool) {
 		n, p, other := newNode(t), pod(t, 2), pod(t, 3)
-		n.add(t, p, "--capture", form)
+		n.Add(t, p, "--capture", form)
 		loopback := netip.MustParseAddr("127.0.0.1")
 		if six {
 			loopback = netip.IPv6Loopback()
 		}
 		for _, tt := range []struct {
-			from      *place
+			from      *worldtest.Place
 			to        netip.Addr
 			port      uint16
 			direction string
 		}{
-			{p, p.ip(six), 15001, "outbound"},
-			{p, p.ip(six), 15006, "inbound"},
+			{p, p.IP(six), 15001, "outbound"},
+			{p, p.IP(six), 15006, "inbound"},
 			{p, loopback, 15001, "outbound"},
 			{p, loopback, 15006, "inbound"},
-			{other, p.ip(six), 15001, "inbound"},
-			{other, p.ip(six), 15006, "inbound"},
+			{other, p.IP(six), 15001, "inbound"},
+			{other, p.IP(six), 15006, "inbound"},
 		} {
 			to := netip.AddrPortFrom(tt.to, tt.port)
-			c := tt.from.dial(t, to)
+			c := tt.from.Dial(t, to)
 			if b, err := c.Read(make([]byte, 1)); b != 0 || err == nil {
-				t.Errorf("from %s to %v: %d bytes, %v", tt.from.name, to, b, err)
+				t.Errorf("from %s to %v: %d bytes, %v", tt.from.Name, to, b, err)
 			}
 			want := fmt.Sprintf(`warn access connection failed src.addr=%v dst.addr=%v direction="%s" error="attempted recursive call to ourselves"`, local(c), to, tt.direction)
-			if got := n.zt.line(t, fmt.Sprintf("src.addr=%v ", local(c))); got != want {
-				t.Errorf("from %s to %v: got\n%s\nwant\n%s", tt.from.name, to, got, want)
+			if got := n.ZT.Line(t, fmt.Sprintf("src.addr=%v ", local(c))); got != want {
+				t.Errorf("from %s to %v: got\n%s\nwant\n%s", tt.from.Name, to, got, want)
 			}
 		}
 		// HBONE's port is ztunnel's as it is.
-		c := other.dial(t, netip.AddrPortFrom(p.ip(six), 15008))
-		hears(t, c, "ok\n")
+		c := other.Dial(t, at(p, six, 15008))
+		c.Hears(t, "ok\n")
 	})
 }
 
@@ -100,15 +102,15 @@ func TestSelfCalls(t *testing.T) {
 func TestSelfCallsOfAnother(t *testing.T) {
 	eachWay(t, func(t *testing.T, form string, six bool) {
 		n, client, p := newNode(t), pod(t, 2), pod(t, 3)
-		n.add(t, client, "--capture", form)
-		n.add(t, p, "--capture", form)
+		n.Add(t, client, "--capture", form)
+		n.Add(t, p, "--capture", form)
 		for _, port := range []uint16{15001, 15006} {
-			to := netip.AddrPortFrom(p.ip(six), port)
-			c := client.dial(t, to)
+			to := at(p, six, port)
+			c := client.Dial(t, to)
 			if b, err := c.Read(make([]byte, 1)); b != 0 || err == nil {
 				t.Errorf("to %v: %d bytes, %v", to, b, err)
 			}
-			n.zt.line(t, "connection failed", fmt.Sprintf(`dst.addr=%v direction="inbound" error="attempted recursive call to ourselves"`, to))
+			n.ZT.Line(t, "connection failed", fmt.Sprintf(`dst.addr=%v direction="inbound" error="attempted recursive call to ourselves"`, to))
 		}
 	})
 }
@@ -119,24 +121,24 @@ func TestOwnServiceAddress(t *testing.T) {
 	t.Parallel()
 	for _, form := range forms {
 		n, p := newNode(t), pod(t, 2)
-		n.add(t, p, "--capture", form)
+		n.Add(t, p, "--capture", form)
 		vip := netip.MustParseAddr("10.96.0.1")
 		if form == "tproxy" {
 			vip = netip.MustParseAddr("10.96.0.2")
 		}
-		l := p.listen(t, p.ip4, 0)
-		(&place{name: "node2"}).run(t, "iptables", "-t", "nat", "-A", "PREROUTING", "-d", vip.String(), "-p", "tcp", "-j", "DNAT", "--to-destination", p.ip4.String())
+		l := p.Listen(t, p.At(0))
+		world(t).Open(t, "node2").Run(t, "iptables", "-t", "nat", "-A", "PREROUTING", "-d", vip.String(), "-p", "tcp", "-j", "DNAT", "--to-destination", p.IP4.String())
 		// So that the answers come back the same way, as kube-proxy does it.
-		(&place{name: "node2"}).run(t, "iptables", "-t", "nat", "-A", "POSTROUTING", "-s", p.ip4.String(), "-d", p.ip4.String(), "-j", "MASQUERADE")
-		c := p.dial(t, netip.AddrPortFrom(vip, l.addr.Port()))
-		s := l.accept(t)
-		say(t, c, "it is me")
-		hears(t, s, "it is me")
+		world(t).Open(t, "node2").Run(t, "iptables", "-t", "nat", "-A", "POSTROUTING", "-s", p.IP4.String(), "-d", p.IP4.String(), "-j", "MASQUERADE")
+		c := p.Dial(t, netip.AddrPortFrom(vip, l.At.Port()))
+		s := l.Accept(t)
+		c.Say(t, "it is me")
+		s.Hears(t, "it is me")
 		c.Close()
-		hearsEnd(t, s)
+		s.HearsEnd(t)
 		s.Close()
-		n.zt.line(t, `direction="outbound"`)
-		n.zt.line(t, `direction="inbound"`)
+		n.ZT.Line(t, `direction="outbound"`)
+		n.ZT.Line(t, `direction="inbound"`)
 	}
 }
 

@@ -2,17 +2,18 @@ package capture
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
-	"regexp"
 	"strings"
+	"sync"
 	"testing"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // path is a way from a client to a server through ztunnel, on one side or on both.
 type path struct {
-	client, server         *place
-	clientNode, serverNode *node // nil where nothing is captured
+	client, server         *worldtest.Place
+	clientNode, serverNode *worldtest.Node // nil where nothing is captured
 	six                    bool
 }
 
@@ -26,11 +27,11 @@ func eachPath(t *testing.T, f func(t *testing.T, p path)) {
 				p := path{client: pod(t, 2), server: pod(t, 3)}
 				if where != "inbound" {
 					p.clientNode = newNode(t)
-					p.clientNode.add(t, p.client, "--capture", form)
+					p.clientNode.Add(t, p.client, "--capture", form)
 				}
 				if where != "outbound" {
 					p.serverNode = newNode(t)
-					p.serverNode.add(t, p.server, "--capture", form)
+					p.serverNode.Add(t, p.server, "--capture", form)
 				}
 				for _, p.six = range []bool{false, true} {
 					t.Run(family(p.six), func(t *testing.T) { f(t, p) })
@@ -41,20 +42,18 @@ func eachPath(t *testing.T, f func(t *testing.T, p path)) {
 }
 
 // listen is the path's server, on a port that nobody else has.
-func (p path) listen(t *testing.T) server {
+func (p path) listen(t *testing.T) worldtest.Server {
 	t.Helper()
-	return p.server.listen(t, p.server.ip(p.six), 0)
+	return p.server.Listen(t, at(p.server, p.six, 0))
 }
 
 // pair is both ends of a new connection.
-func (p path) pair(t *testing.T) (c, s *net.TCPConn) {
+func (p path) pair(t *testing.T) (c, s *worldtest.Conn) {
 	t.Helper()
 	l := p.listen(t)
-	c = p.client.dial(t, l.addr)
-	return c, l.accept(t)
+	c = p.client.Dial(t, l.At)
+	return c, l.Accept(t)
 }
-
-var somePort = regexp.MustCompile(`(src\.addr=(\[[^]]+\]|[0-9.]+)):\d+`)
 
 // checkLines compares the access lines of a connection on both sides, whole. What
 // follows the direction is as the client's side has it, and as the server's.
@@ -62,17 +61,17 @@ func (p path) checkLines(t *testing.T, from, to netip.AddrPort, level, outbound,
 	t.Helper()
 	if p.clientNode != nil {
 		want := fmt.Sprintf(`%s access connection complete src.addr=%v src.workload="%s" src.namespace="default" dst.addr=%v direction="outbound" %s`,
-			level, from, p.client.name, to, outbound)
-		if got := p.clientNode.zt.line(t, fmt.Sprintf("src.addr=%v ", from)); got != want {
+			level, from, p.client.Name, to, outbound)
+		if got := p.clientNode.ZT.Line(t, fmt.Sprintf("src.addr=%v ", from)); got != want {
 			t.Errorf("the client's side says\n%s\nwant\n%s", got, want)
 		}
 	}
 	if p.serverNode != nil {
 		want := fmt.Sprintf(`%s access connection complete src.addr=%v dst.addr=%v dst.workload="%s" dst.namespace="default" direction="inbound" %s`,
-			level, from, to, p.server.name, inbound)
-		got := p.serverNode.zt.line(t, fmt.Sprintf("dst.addr=%v ", to))
+			level, from, to, p.server.Name, inbound)
+		got := p.serverNode.ZT.Line(t, fmt.Sprintf("dst.addr=%v ", to))
 		if p.clientNode != nil { // it was the client's ztunnel that called, from a port of its own
-			got, want = somePort.ReplaceAllString(got, "$1:…"), somePort.ReplaceAllString(want, "$1:…")
+			got, want = worldtest.AnyPort(got), worldtest.AnyPort(want)
 		}
 		if got != want {
 			t.Errorf("the server's side says\n%s\nwant\n%s", got, want)
@@ -85,23 +84,23 @@ func (p path) checkLines(t *testing.T, from, to netip.AddrPort, level, outbound,
 func TestOriginalAddresses(t *testing.T) {
 	eachPath(t, func(t *testing.T, p path) {
 		l := p.listen(t)
-		c := p.client.dial(t, l.addr)
+		c := p.client.Dial(t, l.At)
 		from := local(c)
-		if remote(c) != l.addr || from.Addr() != p.client.ip(p.six) {
-			t.Errorf("the client sees %v -> %v, want %v -> %v", from, remote(c), p.client.ip(p.six), l.addr)
+		if remote(c) != l.At || from.Addr() != p.client.IP(p.six) {
+			t.Errorf("the client sees %v -> %v, want %v -> %v", from, remote(c), p.client.IP(p.six), l.At)
 		}
-		s := l.accept(t)
-		if local(s) != l.addr || remote(s).Addr() != p.client.ip(p.six) {
-			t.Errorf("the server sees %v -> %v, want %v -> %v", remote(s), local(s), p.client.ip(p.six), l.addr)
+		s := l.Accept(t)
+		if local(s) != l.At || remote(s).Addr() != p.client.IP(p.six) {
+			t.Errorf("the server sees %v -> %v, want %v -> %v", remote(s), local(s), p.client.IP(p.six), l.At)
 		}
-		say(t, c, "hello world")
-		hears(t, s, "hello world")
-		say(t, s, "and hello to you, too!")
-		hears(t, c, "and hello to you, too!")
+		c.Say(t, "hello world")
+		s.Hears(t, "hello world")
+		s.Say(t, "and hello to you, too!")
+		c.Hears(t, "and hello to you, too!")
 		c.Close()
-		hearsEnd(t, s)
+		s.HearsEnd(t)
 		s.Close()
-		p.checkLines(t, from, l.addr, "info",
+		p.checkLines(t, from, l.At, "info",
 			`bytes_sent=11 bytes_recv=22 duration="…"`,
 			`bytes_sent=22 bytes_recv=11 duration="…"`)
 	})
@@ -119,14 +118,14 @@ func TestHalfClose(t *testing.T) {
 				first, second = s, c
 				sent, received = received, sent
 			}
-			say(t, first, "first")
+			first.Say(t, "first")
 			first.CloseWrite()
-			hears(t, second, "first")
-			hearsEnd(t, second)
-			say(t, second, "second")
-			hears(t, first, "second")
+			second.Hears(t, "first")
+			second.HearsEnd(t)
+			second.Say(t, "second")
+			first.Hears(t, "second")
 			second.CloseWrite()
-			hearsEnd(t, first)
+			first.HearsEnd(t)
 			p.checkLines(t, from, to, "info",
 				fmt.Sprintf(`bytes_sent=%d bytes_recv=%d duration="…"`, sent, received),
 				fmt.Sprintf(`bytes_sent=%d bytes_recv=%d duration="…"`, received, sent))
@@ -144,10 +143,10 @@ func TestReset(t *testing.T) {
 			if !clientResets {
 				resets, other = s, c
 			}
-			say(t, resets, "last words")
-			hears(t, other, "last words")
+			resets.Say(t, "last words")
+			other.Hears(t, "last words")
 			reset(t, resets)
-			hearsReset(t, other)
+			other.HearsReset(t)
 			sent, received := len("last words"), 0
 			if !clientResets {
 				sent, received = received, sent
@@ -164,22 +163,22 @@ func TestRefused(t *testing.T) {
 	eachPath(t, func(t *testing.T, p path) {
 		l := p.listen(t)
 		l.Close()
-		c := p.client.dial(t, l.addr)
-		hearsReset(t, c)
+		c := p.client.Dial(t, l.At)
+		c.HearsReset(t)
 		const nothing = `bytes_sent=0 bytes_recv=0 duration="…"`
 		if p.serverNode == nil {
-			p.checkLines(t, local(c), l.addr, "error", nothing+` error="io error: Connection refused (os error 111)"`, "")
+			p.checkLines(t, local(c), l.At, "error", nothing+` error="io error: Connection refused (os error 111)"`, "")
 			return
 		}
 		// The client's ztunnel is connected to the server's, and no more than
 		// reset. If that comes early enough, it is an error of the connecting.
 		if p.clientNode != nil {
-			got := p.clientNode.zt.line(t, fmt.Sprintf("src.addr=%v ", local(c)))
+			got := p.clientNode.ZT.Line(t, fmt.Sprintf("src.addr=%v ", local(c)))
 			if !strings.HasSuffix(got, nothing) && !strings.HasSuffix(got, nothing+` error="io error: Connection reset by peer (os error 104)"`) {
 				t.Errorf("the client's side says %s", got)
 			}
 		}
-		got := p.serverNode.zt.line(t, fmt.Sprintf("dst.addr=%v ", l.addr))
+		got := p.serverNode.ZT.Line(t, fmt.Sprintf("dst.addr=%v ", l.At))
 		if want := nothing + ` error="connection failed: Connection refused (os error 111)"`; !strings.HasPrefix(got, "error ") || !strings.HasSuffix(got, want) {
 			t.Errorf("the server's side says %s", got)
 		}
@@ -192,11 +191,10 @@ func TestMegabytes(t *testing.T) {
 		c, s := p.pair(t)
 		from, to := local(c), remote(c)
 		const there, back = 5<<20 + 1, 3<<20 + 7
-		sentThere, sentBack := make(chan uint32, 1), make(chan uint32, 1)
-		go send(c, there, 1, sentThere)
-		go send(s, back, 2, sentBack)
-		arrives(t, s, there, sentThere)
-		arrives(t, c, back, sentBack)
+		var passing sync.WaitGroup
+		passing.Go(func() { worldtest.Pass(t, c, s, there, 1) })
+		worldtest.Pass(t, s, c, back, 2)
+		passing.Wait()
 		p.checkLines(t, from, to, "info",
 			fmt.Sprintf(`bytes_sent=%d bytes_recv=%d duration="…"`, there, back),
 			fmt.Sprintf(`bytes_sent=%d bytes_recv=%d duration="…"`, back, there))

@@ -1,12 +1,11 @@
 package capture
 
 import (
-	"net/netip"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // A pod without lo can't be captured: it is refused, and goes on as it was. With
@@ -16,22 +15,21 @@ func TestLoopbackDown(t *testing.T) {
 		t.Run(form, func(t *testing.T) {
 			t.Parallel()
 			n, p, other := newNode(t), pod(t, 2), pod(t, 3)
-			p.run(t, "ip", "link", "set", "lo", "down")
-			out, err := n.tryAdd(p, "--capture", form)
-			if err == nil || !strings.Contains(out, "lo is down in the pod") {
-				t.Errorf("add: %v: %s", err, out)
+			p.Run(t, "ip", "link", "set", "lo", "down")
+			if err := n.TryAdd(p, "--capture", form); err == nil || !strings.Contains(err.Error(), "lo is down in the pod") {
+				t.Errorf("add: %v", err)
 			}
-			talk(t, p, other.listen(t, other.ip4, 0))
-			talk(t, other, p.listen(t, p.ip4, 0))
-			if lines := n.zt.lines(); len(lines) > 0 {
+			talk(t, p, other.Listen(t, other.At(0)))
+			talk(t, other, p.Listen(t, p.At(0)))
+			if lines := n.ZT.Lines(); len(lines) > 0 {
 				t.Errorf("access lines: %q", lines)
 			}
-			p.run(t, "ip", "link", "set", "lo", "up")
-			n.add(t, p, "--capture", form)
-			talk(t, p, other.listen(t, other.ip4, 0))
-			talk(t, other, p.listen(t, p.ip4, 0))
-			n.zt.line(t, "outbound")
-			n.zt.line(t, "inbound")
+			p.Run(t, "ip", "link", "set", "lo", "up")
+			n.Add(t, p, "--capture", form)
+			talk(t, p, other.Listen(t, other.At(0)))
+			talk(t, other, p.Listen(t, p.At(0)))
+			n.ZT.Line(t, "outbound")
+			n.ZT.Line(t, "inbound")
 		})
 	}
 }
@@ -42,17 +40,17 @@ func TestIPv6Off(t *testing.T) {
 		t.Run(form, func(t *testing.T) {
 			t.Parallel()
 			p, other := pod(t, 2), pod(t, 3)
-			r := other.resolve(t, false)
+			r := resolve(t, other, false)
 			n := newNode(t, resolvConf(t, r))
-			p.run(t, "sh", "-c", "for c in all default lo; do echo 1 >/proc/sys/net/ipv6/conf/$c/disable_ipv6; done")
-			n.add(t, p, "--capture", form, "--dns-capture")
-			n.zt.says(t, "::1")
-			talk(t, p, other.listen(t, other.ip4, 0))
-			talk(t, other, p.listen(t, p.ip4, 0))
-			p.askUDP(t, elsewhere(false), 1)
-			p.askTCP(t, elsewhere(false), 2)
-			n.zt.line(t, "outbound")
-			n.zt.line(t, "inbound")
+			p.Run(t, "sh", "-c", "for c in all default lo; do echo 1 >/proc/sys/net/ipv6/conf/$c/disable_ipv6; done")
+			n.Add(t, p, "--capture", form, "--dns-capture")
+			n.ZT.Says(t, "::1")
+			talk(t, p, other.Listen(t, other.At(0)))
+			talk(t, other, p.Listen(t, p.At(0)))
+			askUDP(t, p, elsewhere(false), 1)
+			askTCP(t, p, elsewhere(false), 2)
+			n.ZT.Line(t, "outbound")
+			n.ZT.Line(t, "inbound")
 		})
 	}
 }
@@ -74,36 +72,36 @@ func TestOthersRules(t *testing.T) {
 					"-A INPUT -m conntrack --ctstate INVALID -j DROP",
 					"-A OUTPUT -p tcp --dport 7 -j REJECT --reject-with tcp-reset",
 				} {
-					p.run(t, iptables, strings.Fields(rule)...)
+					p.Run(t, iptables, strings.Fields(rule)...)
 				}
 			}
 			theirs := func() string {
-				return counters.ReplaceAllString(p.run(t, "iptables-save")+p.run(t, "ip6tables-save"), "")
+				return counters.ReplaceAllString(p.Run(t, "iptables-save")+p.Run(t, "ip6tables-save"), "")
 			}
 			before := theirs()
-			n.add(t, p, "--capture", form)
+			n.Add(t, p, "--capture", form)
 			for _, six := range []bool{false, true} {
-				talk(t, p, other.listen(t, other.ip(six), 0))
-				talk(t, other, p.listen(t, p.ip(six), 0))
+				talk(t, p, other.Listen(t, at(other, six, 0)))
+				talk(t, other, p.Listen(t, at(p, six, 0)))
 				// Seven is forbidden to all in the pod, and so to ztunnel.
-				c, err := p.connect(netip.AddrPortFrom(other.ip(six), 7))
+				c, err := p.Connect(at(other, six, 7))
 				if err == nil {
-					hearsReset(t, c)
+					c.HearsReset(t)
 					c.Close()
 				}
 			}
-			waitFor(t, "four access lines", func() bool { return len(n.zt.lines("info access")) == 4 })
+			worldtest.WaitFor(t, "four access lines", func() bool { return len(n.ZT.Lines("info access")) == 4 })
 			if got := theirs(); got != before {
 				t.Errorf("with ours, theirs are\n%swere\n%s", got, before)
 			}
-			n.del(t, p)
+			n.Del(t, p)
 			if got := theirs(); got != before {
 				t.Errorf("after del theirs are\n%swere\n%s", got, before)
 			}
-			if out, err := exec.Command(filepath.Join(bin, "cni-emulator"), "rules", "show", "--netns", p.path()).CombinedOutput(); err != nil || !strings.Contains(string(out), "nothing is captured here") {
-				t.Errorf("after del: %v: %s", err, out)
+			if out := worldtest.CNI(t, "rules", "show", "--netns", p.Path); !strings.Contains(out, "nothing is captured here") {
+				t.Errorf("after del: %s", out)
 			}
-			talk(t, p, other.listen(t, other.ip4, 0))
+			talk(t, p, other.Listen(t, other.At(0)))
 		})
 	}
 }

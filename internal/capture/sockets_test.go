@@ -2,27 +2,26 @@ package capture
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // socketOf returns a descriptor of our own of the process's socket that has this
 // peer (pidfd_getfd(2)).
-func (p *process) socketOf(t *testing.T, peer netip.AddrPort) int {
+func socketOf(t *testing.T, p *worldtest.Process, peer netip.AddrPort) int {
 	t.Helper()
-	pidfd, err := unix.PidfdOpen(p.pid(), 0)
+	pidfd, err := unix.PidfdOpen(p.Pid, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Close(pidfd)
-	for _, fd := range p.descriptors(t, "socket:") {
+	for _, fd := range p.Descriptors(t, "socket:") {
 		own, err := unix.PidfdGetfd(pidfd, fd, 0)
 		if err != nil {
 			continue // closed meanwhile
@@ -33,7 +32,7 @@ func (p *process) socketOf(t *testing.T, peer netip.AddrPort) int {
 		}
 		unix.Close(own)
 	}
-	t.Fatalf("%s has no connection to %v", p.name, peer)
+	t.Fatalf("%s has no connection to %v", p.Name, peer)
 	return -1
 }
 
@@ -45,26 +44,6 @@ func addrPort(sa unix.Sockaddr) netip.AddrPort {
 		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
 	}
 	return netip.AddrPort{}
-}
-
-// descriptors lists those of the process whose target begins with kind.
-func (p *process) descriptors(t *testing.T, kind string) (fds []int) {
-	t.Helper()
-	dir := fmt.Sprintf("/proc/%d/fd/", p.pid())
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		if target, err := os.Readlink(dir + e.Name()); err == nil && strings.HasPrefix(target, kind) {
-			fd, err := strconv.Atoi(e.Name())
-			if err != nil {
-				t.Fatal(err)
-			}
-			fds = append(fds, fd)
-		}
-	}
-	return fds
 }
 
 // option is a socket option and its value.
@@ -99,12 +78,12 @@ func checkOptions(t *testing.T, what string, fd int, options []option) {
 func TestSocketOptions(t *testing.T) {
 	eachPath(t, func(t *testing.T, p path) {
 		c, s := p.pair(t)
-		say(t, c, "hello")
-		hears(t, s, "hello")
+		c.Say(t, "hello")
+		s.Hears(t, "hello")
 		between := local(c) // who calls the server's side
 		if p.clientNode != nil {
-			checkOptions(t, "outbound, accepted", p.clientNode.zt.socketOf(t, local(c)), usual)
-			onward := p.clientNode.zt.socketOf(t, remote(c))
+			checkOptions(t, "outbound, accepted", socketOf(t, p.clientNode.ZT, local(c)), usual)
+			onward := socketOf(t, p.clientNode.ZT, remote(c))
 			checkOptions(t, "outbound, onward", onward, usual)
 			sa, err := unix.Getsockname(onward)
 			if err != nil {
@@ -113,8 +92,8 @@ func TestSocketOptions(t *testing.T) {
 			between = addrPort(sa)
 		}
 		if p.serverNode != nil {
-			checkOptions(t, "inbound, accepted", p.serverNode.zt.socketOf(t, between), usual)
-			checkOptions(t, "inbound, onward", p.serverNode.zt.socketOf(t, local(s)), usual)
+			checkOptions(t, "inbound, accepted", socketOf(t, p.serverNode.ZT, between), usual)
+			checkOptions(t, "inbound, onward", socketOf(t, p.serverNode.ZT, local(s)), usual)
 		}
 	})
 }
@@ -143,12 +122,12 @@ func TestSocketSettings(t *testing.T) {
 		},
 	} {
 		n, client, srv := newNode(t, withEnv(tt.env...)), pod(t, 2), pod(t, 3)
-		n.add(t, client, "--capture", "redirect")
-		l := srv.listen(t, srv.ip4, 0)
-		c := client.dial(t, l.addr)
-		l.accept(t)
-		checkOptions(t, fmt.Sprint("accepted ", tt.env), n.zt.socketOf(t, local(c)), tt.want)
-		checkOptions(t, fmt.Sprint("onward ", tt.env), n.zt.socketOf(t, l.addr), tt.want)
+		n.Add(t, client, "--capture", "redirect")
+		l := srv.Listen(t, srv.At(0))
+		c := client.Dial(t, l.At)
+		l.Accept(t)
+		checkOptions(t, fmt.Sprint("accepted ", tt.env), socketOf(t, n.ZT, local(c)), tt.want)
+		checkOptions(t, fmt.Sprint("onward ", tt.env), socketOf(t, n.ZT, l.At), tt.want)
 	}
 }
 
@@ -156,32 +135,32 @@ func TestSocketSettings(t *testing.T) {
 func TestIdleConnection(t *testing.T) {
 	t.Parallel()
 	n, client, srv := newNode(t), pod(t, 2), pod(t, 3)
-	n.add(t, client, "--capture", "redirect")
-	l := srv.listen(t, srv.ip4, 0)
+	n.Add(t, client, "--capture", "redirect")
+	l := srv.Listen(t, srv.At(0))
 	talk(t, client, l)
-	n.zt.line(t, "outbound")
-	sockets, all := len(n.zt.descriptors(t, "socket:")), len(n.zt.descriptors(t, ""))
+	n.ZT.Line(t, "outbound")
+	sockets, all := len(n.ZT.Descriptors(t, "socket:")), len(n.ZT.Descriptors(t, ""))
 	const many = 100
-	var clients, servers []*net.TCPConn
+	var clients, servers []*worldtest.Conn
 	for range many {
-		clients = append(clients, client.dial(t, l.addr))
-		servers = append(servers, l.accept(t))
+		clients = append(clients, client.Dial(t, l.At))
+		servers = append(servers, l.Accept(t))
 	}
 	for i := range many {
-		say(t, clients[i], "x")
-		hears(t, servers[i], "x")
+		clients[i].Say(t, "x")
+		servers[i].Hears(t, "x")
 	}
-	if got := len(n.zt.descriptors(t, "")); got != all+2*many {
+	if got := len(n.ZT.Descriptors(t, "")); got != all+2*many {
 		t.Errorf("%d connections cost %d descriptors", many, got-all)
 	}
 	// Beyond 128 KiB there are pipes, for as long as there is something in them.
 	for i := range many {
 		much := strings.Repeat("x", 300<<10)
 		go clients[i].Write([]byte(much))
-		hears(t, servers[i], much)
+		servers[i].Hears(t, much)
 	}
-	waitFor(t, "two descriptors a connection, and a few pipes", func() bool {
-		return len(n.zt.descriptors(t, "socket:")) == sockets+2*many && len(n.zt.descriptors(t, "pipe:")) < 20
+	worldtest.WaitFor(t, "two descriptors a connection, and a few pipes", func() bool {
+		return len(n.ZT.Descriptors(t, "socket:")) == sockets+2*many && len(n.ZT.Descriptors(t, "pipe:")) < 20
 	})
 }
 
@@ -190,36 +169,36 @@ func TestIdleConnection(t *testing.T) {
 func TestTableFull(t *testing.T) {
 	t.Parallel()
 	n, client, srv := newNode(t), pod(t, 2), pod(t, 3)
-	n.add(t, client, "--capture", "redirect")
-	l := srv.listen(t, srv.ip4, 0)
+	n.Add(t, client, "--capture", "redirect")
+	l := srv.Listen(t, srv.At(0))
 	talk(t, client, l)
-	n.zt.line(t, "outbound")
+	n.ZT.Line(t, "outbound")
 
 	// Room for two connections and the beginning of a third.
-	release := n.zt.limit(t, 5)
-	first := client.dial(t, l.addr)
-	firstServer := l.accept(t)
-	second := client.dial(t, l.addr)
-	secondServer := l.accept(t)
-	third := client.dial(t, l.addr)
-	hearsReset(t, third)
-	if got, want := n.zt.line(t, fmt.Sprintf("src.addr=%v ", local(third))), `error="io error: Too many open files (os error 24)"`; !strings.HasSuffix(got, want) {
+	release := limit(t, n.ZT, 5)
+	first := client.Dial(t, l.At)
+	firstServer := l.Accept(t)
+	second := client.Dial(t, l.At)
+	secondServer := l.Accept(t)
+	third := client.Dial(t, l.At)
+	third.HearsReset(t)
+	if got, want := n.ZT.Line(t, fmt.Sprintf("src.addr=%v ", local(third))), `error="io error: Too many open files (os error 24)"`; !strings.HasSuffix(got, want) {
 		t.Errorf("the access line is %s", got)
 	}
 	third.Close()
-	say(t, first, "still here")
-	hears(t, firstServer, "still here")
-	say(t, secondServer, "I too")
-	hears(t, second, "I too")
+	first.Say(t, "still here")
+	firstServer.Hears(t, "still here")
+	secondServer.Say(t, "I too")
+	second.Hears(t, "I too")
 
 	release()
 	talk(t, client, l)
 }
 
 // limit leaves the process so many free descriptors until release is called.
-func (p *process) limit(t *testing.T, free int) (release func()) {
+func limit(t *testing.T, p *worldtest.Process, free int) (release func()) {
 	t.Helper()
-	used := p.descriptors(t, "")
+	used := p.Descriptors(t, "")
 	most := 0
 	for ; free > 0 || slices.Contains(used, most); most++ {
 		if !slices.Contains(used, most) {
@@ -227,13 +206,13 @@ func (p *process) limit(t *testing.T, free int) (release func()) {
 		}
 	}
 	var before unix.Rlimit
-	if err := unix.Prlimit(p.pid(), unix.RLIMIT_NOFILE, nil, &before); err != nil {
+	if err := unix.Prlimit(p.Pid, unix.RLIMIT_NOFILE, nil, &before); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Prlimit(p.pid(), unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(most), Max: before.Max}, nil); err != nil {
+	if err := unix.Prlimit(p.Pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(most), Max: before.Max}, nil); err != nil {
 		t.Fatal(err)
 	}
-	return func() { unix.Prlimit(p.pid(), unix.RLIMIT_NOFILE, &before, nil) }
+	return func() { unix.Prlimit(p.Pid, unix.RLIMIT_NOFILE, &before, nil) }
 }
 
 // ENABLE_ORIG_SRC=false: the application sees its own pod's address, and the log
@@ -241,21 +220,21 @@ func (p *process) limit(t *testing.T, free int) (release func()) {
 func TestSourceHidden(t *testing.T) {
 	t.Parallel()
 	n, srv := newNode(t, withEnv("ENABLE_ORIG_SRC=false")), pod(t, 3)
-	n.add(t, srv, "--capture", "redirect")
-	outside := bridge(t)
+	n.Add(t, srv, "--capture", "redirect")
+	outside := world(t).Open(t, "bridge")
 	for _, six := range []bool{false, true} {
-		l := srv.listen(t, srv.ip(six), 0)
+		l := srv.Listen(t, at(srv, six, 0))
 		for range 2 {
-			c := outside.dial(t, l.addr)
-			s := l.accept(t)
-			if remote(s).Addr() != srv.ip(six) {
-				t.Errorf("the application sees %v, want %v", remote(s).Addr(), srv.ip(six))
+			c := outside.Dial(t, l.At)
+			s := l.Accept(t)
+			if remote(s).Addr() != srv.IP(six) {
+				t.Errorf("the application sees %v, want %v", remote(s).Addr(), srv.IP(six))
 			}
 			c.Close()
-			hearsEnd(t, s)
+			s.HearsEnd(t)
 		}
 	}
-	if got := strings.Count(n.zt.out.String(), "sees the pod's own address"); got != 1 {
+	if got := strings.Count(n.ZT.Log(), "sees the pod's own address"); got != 1 {
 		t.Errorf("it is said %d times, want once", got)
 	}
 }
