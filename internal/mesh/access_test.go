@@ -3,11 +3,12 @@ package mesh
 import (
 	"fmt"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // access is an access line, as reference/observability.md, section 6, has it. The
@@ -33,7 +34,7 @@ func (a access) String() string {
 	if a.inbound {
 		direction = "inbound"
 	}
-	fmt.Fprintf(&b, "%s access connection complete src.addr=%v:…", level, a.src.ip)
+	fmt.Fprintf(&b, "%s access connection complete src.addr=%v:…", level, a.src.IP4)
 	a.party(&b, "src", a.src)
 	fmt.Fprintf(&b, " dst.addr=%v", a.addr)
 	if a.hbone != "" {
@@ -53,7 +54,7 @@ func (a access) String() string {
 }
 
 func (a access) party(b *strings.Builder, key string, p *pod) {
-	fmt.Fprintf(b, ` %s.workload=%q %[1]s.namespace="default"`, key, p.name)
+	fmt.Fprintf(b, ` %s.workload=%q %[1]s.namespace="default"`, key, p.Name)
 	if a.hbone != "" {
 		fmt.Fprintf(b, ` %s.identity=%q`, key, p.identity())
 	}
@@ -64,33 +65,22 @@ func addr(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
 
 // denied is the line of what has not become a connection.
 func denied(src *pod, to netip.AddrPort, direction, err string) string {
-	return fmt.Sprintf("warn access connection failed src.addr=%v:… dst.addr=%v direction=%q error=%q", src.ip, to, direction, err)
+	return fmt.Sprintf("warn access connection failed src.addr=%v:… dst.addr=%v direction=%q error=%q", src.IP4, to, direction, err)
 }
 
 // direct are the two lines of a connection of 11 bytes and 22 back, from pod to pod.
 func direct(client, server *pod) (outbound, inbound access) {
-	outbound = access{src: client, dst: server, addr: server.at(15008), hbone: server.at(8080).String(), sent: 11, recv: 22}
+	outbound = access{src: client, dst: server, addr: server.At(15008), hbone: server.At(8080).String(), sent: 11, recv: 22}
 	inbound = outbound
 	inbound.inbound, inbound.sent, inbound.recv = true, outbound.recv, outbound.sent
 	return outbound, inbound
 }
 
-var (
-	timestamp = regexp.MustCompile(`^\S+Z\t`)
-	duration  = regexp.MustCompile(`duration="\d+ms"`)
-	somePort  = regexp.MustCompile(`(src\.addr=[0-9.]+):\d+`)
-)
-
-// lines are the access lines so far, without what differs each time: the time, the
-// duration, the client's port.
-func (p *process) lines() (lines []string) {
-	for line := range strings.Lines(p.out.String()) {
-		if !strings.HasSuffix(line, "\n") || !strings.Contains(line, "\taccess\t") {
-			continue
-		}
-		line = strings.TrimSpace(timestamp.ReplaceAllString(line, ""))
-		line = somePort.ReplaceAllString(duration.ReplaceAllString(line, `duration="…"`), "$1:…")
-		lines = append(lines, strings.ReplaceAll(line, "\t", " "))
+// lines are the access lines so far, without the client's port too.
+func lines(p *worldtest.Process) []string {
+	lines := p.Lines()
+	for i, line := range lines {
+		lines[i] = worldtest.AnyPort(line)
 	}
 	return lines
 }
@@ -105,8 +95,8 @@ func (n *node) says(t *testing.T, want ...any) {
 	}
 	slices.Sort(all)
 	var got []string
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		got = n.zt.lines()
+	for deadline := time.Now().Add(worldtest.Patience); ; time.Sleep(2 * time.Millisecond) {
+		got = lines(n.ZT)
 		slices.Sort(got)
 		if len(got) >= len(all) || time.Now().After(deadline) {
 			break
@@ -117,18 +107,8 @@ func (n *node) says(t *testing.T, want ...any) {
 	}
 }
 
-// line waits for the first access line with all of parts in it.
+// line waits for the one access line with all of parts in it.
 func (n *node) line(t *testing.T, parts ...string) string {
 	t.Helper()
-	var found string
-	waitFor(t, fmt.Sprintf("access line with %q", parts), func() bool {
-		for _, line := range n.zt.lines() {
-			if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(line, part) }) {
-				found = line
-				return true
-			}
-		}
-		return false
-	})
-	return found
+	return worldtest.AnyPort(n.ZT.Line(t, parts...))
 }

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
+	"ambient-emulator/internal/worldtest"
 )
 
 func (m *mesh) configFile() string { return filepath.Join(m.dir, "mesh.yaml") }
@@ -34,7 +34,7 @@ func (m *mesh) config() string {
   workloadType: deployment
   canonicalName: %[2]s
   services: %[7]s
-`, p.uid(), p.name, p.trustDomain, p.ip, protocol, nodeNames[int(p.ip.As4()[2])], p.services, p.account)
+`, p.uid(), p.Name, p.trustDomain, p.IP4, protocol, nodeNames[int(p.IP4.As4()[2])], p.services, p.account)
 		for _, key := range p.more {
 			fmt.Fprintf(&b, "  %s\n", key)
 		}
@@ -99,11 +99,11 @@ func (m *mesh) rewrite(t *testing.T) {
 	const taken = "the new configuration is in force"
 	before := map[*node]int{}
 	for _, n := range m.nodes {
-		before[n] = strings.Count(n.zt.out.String(), taken)
+		before[n] = strings.Count(n.ZT.Log(), taken)
 	}
 	m.write(t, m.config())
 	for n, count := range before {
-		waitFor(t, taken, func() bool { return strings.Count(n.zt.out.String(), taken) > count })
+		worldtest.WaitFor(t, taken, func() bool { return strings.Count(n.ZT.Log(), taken) > count })
 	}
 }
 
@@ -117,24 +117,4 @@ func (m *mesh) start(t *testing.T) {
 			n.start(t)
 		}
 	}
-}
-
-// start starts the node's programs and makes its captured pods known to them.
-func (n *node) start(t *testing.T) {
-	t.Helper()
-	n.agent = start(t, n.home.NS, nil, filepath.Join(bin, "cni-emulator"), "serve", "--capture", "redirect", "--zds-uds", n.zds(), "--control-uds", n.control())
-	t.Cleanup(func() { n.agent.end(t, unix.SIGTERM) })
-	waitFor(t, "agent", func() bool { return exists(n.control()) && exists(n.zds()) })
-	n.startZtunnel(t)
-	t.Cleanup(func() { n.zt.end(t, unix.SIGTERM) })
-	for _, p := range n.mesh.pods {
-		if p.captured && p.node == n {
-			n.add(t, p)
-		}
-	}
-}
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
 }

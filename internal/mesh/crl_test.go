@@ -28,7 +28,7 @@ func newCRLWorld(t *testing.T, follows int) *crlWorld {
 		t.Fatal(err)
 	}
 	n := m.nodes[follows]
-	n.env = append(n.env, "CRL_PATH="+w.crl)
+	n.Env = append(n.Env, "CRL_PATH="+w.crl)
 	m.write(t, m.config())
 	return w
 }
@@ -37,7 +37,7 @@ func newCRLWorld(t *testing.T, follows int) *crlWorld {
 func (w *crlWorld) clientCertificate(t *testing.T) *x509.Certificate {
 	t.Helper()
 	s := w.probe.waypointServer(t)
-	w.client.request(t, w.probe.at(8080), "waypoint\n"+hello)
+	w.client.request(t, w.probe.At(8080), "waypoint\n"+hello)
 	return s.peer(t)
 }
 
@@ -54,12 +54,12 @@ func crlInboundRejects(t *testing.T) {
 	testCA().revoke(t, w.crl, w.clientCertificate(t))
 	w.server.node.start(t)
 	w.server.echoTwice(t)
-	w.client.isRefused(t, w.server.at(8080))
+	w.client.isRefused(t, w.server.At(8080))
 	got := w.server.node.line(t, "connection failed")
 	if !strings.Contains(got, `direction="inbound" error="tls handshake error: `) || !strings.HasSuffix(got, `: certificate revoked by CRL"`) {
 		t.Errorf("the server's side says %s", got)
 	}
-	got = w.client.node.line(t, "dst.addr="+w.server.at(15008).String())
+	got = w.client.node.line(t, "dst.addr="+w.server.At(15008).String())
 	if !strings.HasPrefix(got, "error ") || !strings.Contains(got, ` bytes_sent=0 bytes_recv=0 duration="…" error="io error: `) {
 		t.Errorf("the client's side says %s", got)
 	}
@@ -72,7 +72,7 @@ func crlOutboundRejects(t *testing.T) {
 	testCA().revoke(t, w.crl, w.serverCertificate(t))
 	w.client.node.start(t)
 	w.server.echoTwice(t)
-	w.client.isRefused(t, w.server.at(8080))
+	w.client.isRefused(t, w.server.At(8080))
 	got := w.client.node.line(t, "connection complete")
 	if !strings.HasPrefix(got, "error ") || !strings.Contains(got, ` bytes_sent=0 bytes_recv=0 duration="…" error="io error: `) ||
 		!strings.HasSuffix(got, `: certificate revoked by CRL"`) {
@@ -88,14 +88,14 @@ func crlInboundTerminates(t *testing.T) {
 	w.client.node.start(t)
 	w.server.node.start(t)
 	w.server.echoTwice(t)
-	c := w.client.dial(t, w.server.at(8080))
+	c := w.client.Dial(t, w.server.At(8080))
 	talks(t, c)
 	testCA().revoke(t, w.crl, w.clientCertificate(t))
 	breaks(t, c)
 	_, in := direct(w.client, w.server)
 	in.err = revokedText
 	w.server.node.says(t, in)
-	w.client.isRefused(t, w.server.at(8080))
+	w.client.isRefused(t, w.server.At(8080))
 }
 
 // crlOutboundTerminates: the same of the client's ztunnel and the server's
@@ -106,12 +106,12 @@ func crlOutboundTerminates(t *testing.T) {
 	w.client.node.start(t)
 	w.server.node.start(t)
 	w.server.echoTwice(t)
-	c := w.client.dial(t, w.server.at(8080))
+	c := w.client.Dial(t, w.server.At(8080))
 	talks(t, c)
 	testCA().revoke(t, w.crl, w.serverCertificate(t))
 	breaks(t, c)
 	out, _ := direct(w.client, w.server)
 	out.err = revokedText
 	w.client.node.says(t, out)
-	w.client.isRefused(t, w.server.at(8080))
+	w.client.isRefused(t, w.server.At(8080))
 }

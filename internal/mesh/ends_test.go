@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 const drained = "connection closed due to connection drain"
@@ -18,14 +20,14 @@ const drained = "connection closed due to connection drain"
 func ztunnelShutdown(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.pod(t, "client", local), m.pod(t, "server", local)
-	client.node.env = append(client.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	client.node.Env = append(client.node.Env, "CONNECTION_TERMINATION_DEADLINE=1m")
 	m.start(t)
 	server.echoTwice(t)
-	c := client.dial(t, server.at(8080))
+	c := client.Dial(t, server.At(8080))
 	talks(t, c)
-	client.node.zt.cmd.Process.Signal(unix.SIGTERM)
-	waitFor(t, "end of the listeners", func() bool {
-		late, err := client.connect(server.at(8080))
+	client.node.ZT.Signal(unix.SIGTERM)
+	worldtest.WaitFor(t, "end of the listeners", func() bool {
+		late, err := client.Connect(server.At(8080))
 		if err == nil {
 			late.Close()
 		}
@@ -34,11 +36,11 @@ func ztunnelShutdown(t *testing.T) {
 	talks(t, c)
 	began := time.Now()
 	c.Close()
-	<-client.node.zt.ended // and not after a minute
+	client.node.ZT.Wait() // and not after a minute
 	if took := time.Since(began); took > 2*time.Second {
 		t.Errorf("with the last connection gone, ztunnel took %v to end", took)
 	}
-	if late, err := client.connect(server.at(8080)); err == nil {
+	if late, err := client.Connect(server.At(8080)); err == nil {
 		late.Close()
 		t.Error("connected while there is no ztunnel")
 	}
@@ -51,11 +53,11 @@ func serverShutdown(t *testing.T) {
 	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
 	m.start(t)
 	server.echoTwice(t)
-	c := client.dial(t, server.at(8080))
+	c := client.Dial(t, server.At(8080))
 	talks(t, c)
 	server.node.del(t, server)
 	breaks(t, c)
-	client.isRefused(t, server.at(8080)) // by the client's ztunnel, of course
+	client.isRefused(t, server.At(8080)) // by the client's ztunnel, of course
 	_, in := direct(client, server)
 	in.err = drained
 	server.node.says(t, in)
@@ -67,9 +69,9 @@ func TestPodDeletion(t *testing.T) {
 	m := newMesh(t)
 	client, gone, server := m.pod(t, "client", local), m.pod(t, "gone", remote), m.pod(t, "server", local)
 	m.start(t)
-	stop := gone.echoTwice(t)
+	served := gone.echoTwice(t)
 	server.echoTwice(t)
-	to, from := client.dial(t, gone.at(8080)), gone.dial(t, server.at(8080))
+	to, from := client.Dial(t, gone.At(8080)), gone.Dial(t, server.At(8080))
 	talks(t, to)
 	talks(t, from)
 	gone.node.del(t, gone)
@@ -79,12 +81,12 @@ func TestPodDeletion(t *testing.T) {
 	out, _ := direct(gone, server)
 	in.err, out.err = drained, drained
 	gone.node.says(t, in, out)
-	if got := gone.run(t, "ss", "-tnH", "sport = :15008 or dport = :15008"); got != "" {
+	if got := gone.Run(t, "ss", "-tnH", "sport = :15008 or dport = :15008"); got != "" {
 		t.Errorf("in the pod there is still\n%s", got)
 	}
 	from.Close()
-	stop()
-	m.freed(t, gone)
+	served.Stop()
+	gone.Freed(t)
 }
 
 // SIGTERM on the server's side: who uses its tunnels is told to make no new streams
@@ -92,14 +94,14 @@ func TestPodDeletion(t *testing.T) {
 func TestDrainTellsSenders(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.uncaptured(t, "client", local), m.pod(t, "server", remote)
-	server.node.env = append(server.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	server.node.Env = append(server.node.Env, "CONNECTION_TERMINATION_DEADLINE=1m")
 	m.start(t)
 	server.echoTwice(t)
 	n := client.dialTunnel(t, server)
-	if status, _ := n.connect(t, 1, server.at(8080).String()); status != "200" {
+	if status, _ := n.connect(t, 1, server.At(8080).String()); status != "200" {
 		t.Fatalf("CONNECT is answered with %s", status)
 	}
-	server.node.zt.cmd.Process.Signal(unix.SIGTERM)
+	server.node.ZT.Signal(unix.SIGTERM)
 	f, err := n.next()
 	if err != nil {
 		t.Fatal(err)
@@ -118,7 +120,7 @@ func TestDrainTellsSenders(t *testing.T) {
 		last = g.LastStreamID
 	}
 	n.talks(t, 1)
-	<-server.node.zt.ended
+	server.node.ZT.Wait()
 	_, in := direct(client, server)
 	server.node.says(t, in)
 }
@@ -129,34 +131,34 @@ func TestDrainTellsSenders(t *testing.T) {
 func TestDrainMovesSenders(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
-	server.node.env = append(server.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	server.node.Env = append(server.node.Env, "CONNECTION_TERMINATION_DEADLINE=1m")
 	m.start(t)
 	server.echoTwice(t)
-	c := client.dial(t, server.at(8080))
+	c := client.Dial(t, server.At(8080))
 	talks(t, c)
 
-	old := server.node.zt
-	heir := *server.node
-	heir.home = m.uncaptured(t, "heir", remote) // a network namespace of its own, for its port 15021
-	heir.startZtunnel(t)
-	t.Cleanup(func() { heir.zt.end(t, unix.SIGTERM) })
-	waitFor(t, "pod of the next ztunnel", func() bool { return strings.Contains(heir.zt.out.String(), "pod served") })
-	old.cmd.Process.Signal(unix.SIGTERM)
-	old.says(t, "\tdraining\t")
-	waitFor(t, "request by the next ztunnel", func() bool {
-		client.request(t, server.at(8080), hello+hello)
-		return len(heir.zt.lines()) > 0
+	old := server.node.ZT
+	heir := *server.node.Node
+	heir.Home = m.uncaptured(t, "heir", remote).NS // a network namespace of its own, for its port 15021
+	heir.StartZtunnel(t)
+	t.Cleanup(func() { heir.ZT.End(t, unix.SIGTERM) })
+	worldtest.WaitFor(t, "pod of the next ztunnel", func() bool { return strings.Contains(heir.ZT.Log(), "pod served") })
+	old.Signal(unix.SIGTERM)
+	old.Says(t, "\tdraining\t")
+	worldtest.WaitFor(t, "request by the next ztunnel", func() bool {
+		client.request(t, server.At(8080), hello+hello)
+		return len(lines(heir.ZT)) > 0
 	})
 	talks(t, c)
 	c.Close()
-	<-old.ended
+	old.Wait()
 	_, in := direct(client, server)
 	in.sent, in.recv = 44, 22
 	if got := server.node.line(t, " bytes_sent=44 "); got != in.String() {
 		t.Errorf("of the stream that ran it says\n%s\nwant\n%s", got, in)
 	}
-	client.request(t, server.at(8080), hello+hello)
-	for _, line := range append(client.node.zt.lines(), heir.zt.lines()...) {
+	client.request(t, server.At(8080), hello+hello)
+	for _, line := range append(lines(client.node.ZT), lines(heir.ZT)...) {
 		// One ztunnel finds out whether there is another, by connections to itself.
 		if !strings.HasPrefix(line, "info ") && !strings.Contains(line, " src.addr=127.0.0.1:") {
 			t.Errorf("a connection failed: %s", line)
@@ -169,16 +171,16 @@ func TestDrainMovesSenders(t *testing.T) {
 func TestDrainRefusesSenders(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
-	server.node.env = append(server.node.env, "CONNECTION_TERMINATION_DEADLINE=1m")
+	server.node.Env = append(server.node.Env, "CONNECTION_TERMINATION_DEADLINE=1m")
 	m.start(t)
 	server.echoTwice(t)
-	c := client.dial(t, server.at(8080))
+	c := client.Dial(t, server.At(8080))
 	talks(t, c)
-	server.node.zt.cmd.Process.Signal(unix.SIGTERM)
+	server.node.ZT.Signal(unix.SIGTERM)
 	// A request that is on its way when the sender is told is still served.
 	served := 0
-	waitFor(t, "refusal", func() bool {
-		late := client.dial(t, server.at(8080))
+	worldtest.WaitFor(t, "refusal", func() bool {
+		late := client.Dial(t, server.At(8080))
 		defer late.Close()
 		n, err := io.WriteString(late, hello)
 		if err == nil {
@@ -195,7 +197,7 @@ func TestDrainRefusesSenders(t *testing.T) {
 	})
 	talks(t, c)
 	c.Close()
-	<-server.node.zt.ended
+	server.node.ZT.Wait()
 
 	soon, soonIn := direct(client, server)
 	long, longIn := soon, soonIn
@@ -214,13 +216,13 @@ func TestDrainRefusesSenders(t *testing.T) {
 func TestDrainDeadline(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
-	client.node.env = append(client.node.env, "CONNECTION_TERMINATION_DEADLINE=200ms")
+	client.node.Env = append(client.node.Env, "CONNECTION_TERMINATION_DEADLINE=200ms")
 	m.start(t)
 	server.echoTwice(t)
-	c := client.dial(t, server.at(8080))
+	c := client.Dial(t, server.At(8080))
 	talks(t, c)
-	client.node.zt.end(t, unix.SIGTERM)
-	hearsReset(t, c)
+	client.node.ZT.End(t, unix.SIGTERM)
+	c.HearsReset(t)
 	out, _ := direct(client, server)
 	out.err = drained
 	client.node.says(t, out)
@@ -236,21 +238,21 @@ func TestZtunnelRestarted(t *testing.T) {
 			m.start(t)
 			server.echoTwice(t)
 			n := map[string]*node{"client": client.node, "server": server.node}[side]
-			c := client.dial(t, server.at(8080))
+			c := client.Dial(t, server.At(8080))
 			talks(t, c)
-			n.zt.end(t, unix.SIGKILL)
+			n.ZT.End(t, unix.SIGKILL)
 			breaks(t, c)
 			if side == "client" {
-				if c, err := client.connect(server.at(8080)); err == nil {
+				if c, err := client.Connect(server.At(8080)); err == nil {
 					c.Close()
 					t.Error("connected while there is no ztunnel")
 				}
 			} else {
-				client.isRefused(t, server.at(8080))
+				client.isRefused(t, server.At(8080))
 			}
-			n.startZtunnel(t)
-			waitFor(t, "pod", func() bool { return strings.Contains(n.zt.out.String(), "pod served") })
-			client.request(t, server.at(8080), hello+hello)
+			n.StartZtunnel(t)
+			worldtest.WaitFor(t, "pod", func() bool { return strings.Contains(n.ZT.Log(), "pod served") })
+			client.request(t, server.At(8080), hello+hello)
 		})
 	}
 }

@@ -5,13 +5,14 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"io"
-	"net"
 	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // tunnel is one end of HBONE without ztunnel: who speaks it is a pod's own
@@ -72,12 +73,12 @@ func (n *tunnel) next() (http2.Frame, error) {
 // certain who is at the other end.
 func (p *pod) dialTunnel(t *testing.T, to *pod) *tunnel {
 	t.Helper()
-	c := tls.Client(p.dial(t, to.at(15008)), testCA().tlsConfig(t, p))
+	c := tls.Client(p.Dial(t, to.At(15008)), testCA().tlsConfig(t, p))
 	if err := c.Handshake(); err != nil {
 		t.Fatal(err)
 	}
 	if id := c.ConnectionState().PeerCertificates[0].URIs[0].String(); id != to.identity() {
-		t.Errorf("at %s's 15008 there is %s", to.name, id)
+		t.Errorf("at %s's 15008 there is %s", to.Name, id)
 	}
 	n := newTunnel(c)
 	if _, err := io.WriteString(c, http2.ClientPreface); err != nil {
@@ -160,7 +161,7 @@ const waypointBaggage = "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,
 func (p *pod) waypointServer(t *testing.T) *hboneServer {
 	t.Helper()
 	s := &hboneServer{config: testCA().tlsConfig(t, p)}
-	p.serve(t, p.at(15008), s.handle)
+	p.Serve(t, p.At(15008), s.handle)
 	return s
 }
 
@@ -182,8 +183,8 @@ func (s *hboneServer) peer(t *testing.T) *x509.Certificate {
 	return s.peers[len(s.peers)-1]
 }
 
-func (s *hboneServer) handle(raw net.Conn) {
-	raw.SetDeadline(time.Now().Add(patience))
+func (s *hboneServer) handle(raw *worldtest.Conn) {
+	raw.SetDeadline(time.Now().Add(worldtest.Patience))
 	c := tls.Server(raw, s.config)
 	if c.Handshake() != nil {
 		return

@@ -1,83 +1,32 @@
 package mesh
 
 import (
-	"encoding/binary"
 	"fmt"
-	"hash/crc32"
-	"io"
-	"math/rand/v2"
-	"net"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 )
-
-// castagnoli is CRC-32C, which processors have an instruction for.
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// send writes n bytes that no other seed has, ends the direction, and returns their
-// checksum: of all n, whatever has become of them.
-func send(c *net.TCPConn, n int64, seed byte) uint32 {
-	block := make([]byte, 1<<20)
-	rand.NewChaCha8([32]byte{seed}).Read(block)
-	crc := crc32.New(castagnoli)
-	for i := uint64(0); n > 0; i++ {
-		b := block[:min(n, int64(len(block)))]
-		binary.LittleEndian.PutUint64(block, i) // no two alike
-		crc.Write(b)
-		c.Write(b)
-		n -= int64(len(b))
-	}
-	c.CloseWrite()
-	return crc.Sum32()
-}
-
-// receive reads to the end, and returns how much there was and its checksum.
-func receive(c net.Conn) (n int64, sum uint32, err error) {
-	crc := crc32.New(castagnoli)
-	n, err = io.CopyBuffer(crc, onlyReader{c}, make([]byte, 1<<20))
-	return n, crc.Sum32(), err
-}
-
-// onlyReader hides what io.Copy would prefer to the buffer.
-type onlyReader struct{ io.Reader }
 
 // A gigabyte goes through a tunnel, three quarters of it there and the rest back at
 // the same time.
 func TestGigabyte(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
-	client.node.fast()
-	server.node.fast()
+	client.node.Program = worldtest.FastZtunnel
+	server.node.Program = worldtest.FastZtunnel
 	m.start(t)
-	l := server.listen(t, server.at(8080))
+	l := server.Listen(t, server.At(8080))
 	const there, back = 3 << 28, 1 << 28
-	c := client.dial(t, server.at(8080))
-	l.SetDeadline(time.Now().Add(patience))
-	s, err := l.AcceptTCP()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	c.SetDeadline(time.Now().Add(time.Minute))
-	s.SetDeadline(time.Now().Add(time.Minute))
-	var wg sync.WaitGroup
-	pass := func(from, to *net.TCPConn, n int64, seed byte) {
-		var sent uint32
-		var sender sync.WaitGroup
-		sender.Go(func() { sent = send(from, n, seed) })
-		got, sum, err := receive(to)
-		sender.Wait()
-		if got != n || sum != sent || err != nil {
-			t.Errorf("of %d bytes %d have arrived, with %v; the sum is %08x, want %08x", n, got, err, sum, sent)
-		}
-	}
-	wg.Go(func() { pass(c, s, there, 1) })
-	wg.Go(func() { pass(s, c, back, 2) })
-	wg.Wait()
+	c := client.Dial(t, server.At(8080))
+	s := l.Accept(t)
+	var passing sync.WaitGroup
+	passing.Go(func() { worldtest.Pass(t, c, s, there, 1) })
+	worldtest.Pass(t, s, c, back, 2)
+	passing.Wait()
 	out, in := direct(client, server)
 	out.sent, out.recv, in.sent, in.recv = there, back, back, there
 	client.node.says(t, out)
@@ -90,11 +39,11 @@ func TestGigabyte(t *testing.T) {
 func TestTenThousandStreams(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.pod(t, "client", local), m.pod(t, "server", remote)
-	client.node.fast()
-	server.node.fast()
+	client.node.Program = worldtest.FastZtunnel
+	server.node.Program = worldtest.FastZtunnel
 	m.start(t)
 	echo := startEcho(t, server)
-	tunnels := func() int { return client.sockets(t, "ESTAB", client.ip.String()+`:\d+`, server.at(15008).String()) }
+	tunnels := func() int { return client.sockets(t, "ESTAB", client.IP4.String()+`:\d+`, server.At(15008).String()) }
 	const atOnce, each = 5000, 100
 	for half := range 2 {
 		conns := connectAll(t, client, server, atOnce)
@@ -108,12 +57,12 @@ func TestTenThousandStreams(t *testing.T) {
 		for _, fd := range conns {
 			unix.Close(fd)
 		}
-		waitFor(t, "end of all tunnels", func() bool { return tunnels() == 0 })
+		worldtest.WaitFor(t, "end of all tunnels", func() bool { return tunnels() == 0 })
 		for _, n := range m.nodes {
-			waitFor(t, "access lines", func() bool { return strings.Count(n.zt.out.String(), "\tconnection complete\t") == (half+1)*atOnce })
+			worldtest.WaitFor(t, "access lines", func() bool { return strings.Count(n.ZT.Log(), "\tconnection complete\t") == (half+1)*atOnce })
 		}
 	}
-	for _, line := range append(client.node.zt.lines(), server.node.zt.lines()...) {
+	for _, line := range append(lines(client.node.ZT), lines(server.node.ZT)...) {
 		if !strings.HasPrefix(line, "info ") || !strings.Contains(line, " bytes_sent=16 bytes_recv=16 ") {
 			t.Errorf("of one it says %s", line)
 			break
@@ -132,10 +81,7 @@ func connectAll(t *testing.T, from, to *pod, n int) []int {
 	for worker := range 16 {
 		wg.Go(func() {
 			for i := worker; i < n; i += 16 {
-				fd, err := from.socket()
-				if err == nil {
-					err = connectSocket(fd, to.at(8080))
-				}
+				fd, err := from.Socket(to.At(8080))
 				conns[i] = fd
 				if err != nil {
 					t.Errorf("connection %d: %v", i, err)
@@ -184,7 +130,7 @@ type echo struct {
 
 func startEcho(t *testing.T, p *pod) *echo {
 	t.Helper()
-	l, err := p.listen(t, p.at(8080)).File()
+	l, err := p.Listen(t, p.At(8080)).File()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,11 +3,14 @@ package mesh
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // The cases of the real ztunnel's tests/namespaced.rs, by their names there.
@@ -64,7 +67,7 @@ func captured(t *testing.T, clientOn, serverOn int) {
 	client, server := m.pod(t, "client", clientOn), m.pod(t, "server", serverOn)
 	m.start(t)
 	server.echoTwice(t)
-	client.request(t, server.at(8080), hello+hello)
+	client.request(t, server.At(8080), hello+hello)
 	out, in := direct(client, server)
 	if client.node == server.node {
 		client.node.says(t, out, in)
@@ -79,8 +82,8 @@ func serverUncaptured(t *testing.T) {
 	client, server := m.pod(t, "client", local), m.uncaptured(t, "server", remote)
 	m.start(t)
 	server.echoTwice(t)
-	client.request(t, server.at(8080), hello+hello)
-	client.node.says(t, access{src: client, dst: server, addr: server.at(8080), sent: 11, recv: 22})
+	client.request(t, server.At(8080), hello+hello)
+	client.node.says(t, access{src: client, dst: server, addr: server.At(8080), sent: 11, recv: 22})
 }
 
 func serviceLoadbalancing(t *testing.T) {
@@ -95,7 +98,7 @@ func serviceLoadbalancing(t *testing.T) {
 	two.echoTwice(t)
 
 	count := func() (ones, twos int) {
-		for _, line := range client.node.zt.lines() {
+		for _, line := range lines(client.node.ZT) {
 			out1, _ := direct(client, one)
 			out2, _ := direct(client, two)
 			out1.service, out2.service = hostname("echo"), hostname("echo")
@@ -109,7 +112,7 @@ func serviceLoadbalancing(t *testing.T) {
 		return ones, twos
 	}
 	lines := func(n int) (ones, twos int) {
-		waitFor(t, "access lines", func() bool { ones, twos = count(); return ones+twos >= n })
+		worldtest.WaitFor(t, "access lines", func() bool { ones, twos = count(); return ones+twos >= n })
 		return ones, twos
 	}
 	client.request(t, addr("10.10.0.1:80"), hello+hello)
@@ -138,10 +141,10 @@ func hboneIPMismatch(t *testing.T) {
 	m.start(t)
 	server.echoTwice(t)
 	n := client.dialTunnel(t, server)
-	if status, _ := n.connect(t, 1, client.at(8080).String()); status != "400" {
+	if status, _ := n.connect(t, 1, client.At(8080).String()); status != "400" {
 		t.Errorf("CONNECT for another address is answered with %s", status)
 	}
-	server.node.says(t, denied(client, server.at(15008), "inbound", fmt.Sprintf("ip mismatch: %v != %v", server.ip, client.ip)))
+	server.node.says(t, denied(client, server.At(15008), "inbound", fmt.Sprintf("ip mismatch: %v != %v", server.IP4, client.IP4)))
 }
 
 // svcHostnamePort asks for a service by its name; with target 0 its port has a name
@@ -177,14 +180,14 @@ func trustDomainMismatch(t *testing.T) {
 	client.trustDomain = "clusterset.local"
 	m.start(t)
 	server.echoTwice(t)
-	client.isRefused(t, server.at(8080))
+	client.isRefused(t, server.At(8080))
 	// The refusal comes after the client's handshake, and a reset may overtake it.
 	got := client.node.line(t, "connection complete")
 	if !regexp.MustCompile(`^error .* bytes_sent=0 bytes_recv=0 duration="…" error="io error: (remote error: tls: bad certificate|Connection reset by peer \(os error 104\)|Broken pipe \(os error 32\))"$`).MatchString(got) {
 		t.Errorf("the client's side says %s", got)
 	}
 	// And it was one handshake: who is refused does not try again.
-	server.node.says(t, denied(client, server.at(15008), "inbound",
+	server.node.says(t, denied(client, server.At(15008), "inbound",
 		`tls handshake error: peer spiffe://clusterset.local/ns/default/sa/client: expected trust domain "cluster.local"`))
 }
 
@@ -196,29 +199,29 @@ func prefetchForgetCerts(t *testing.T) {
 	far := m.pod(t, "far", remote)
 	two.account = one.account
 	n := one.node
-	n.env = append(n.env, "RUST_LOG=debug")
+	n.Env = append(n.Env, "RUST_LOG=debug")
 	m.start(t)
 	const issued, dropped = "certificate issued\t", "certificate dropped"
 	count := func(what string, p *pod) (lines int) {
-		for line := range strings.Lines(n.zt.out.String()) {
+		for line := range strings.Lines(n.ZT.Log()) {
 			if strings.Contains(line, what) && strings.Contains(line, fmt.Sprintf("identity=%q", p.identity())) {
 				lines++
 			}
 		}
 		return lines
 	}
-	waitFor(t, "certificates", func() bool { return count(issued, one) > 0 && count(issued, other) > 0 })
+	worldtest.WaitFor(t, "certificates", func() bool { return count(issued, one) > 0 && count(issued, other) > 0 })
 	n.del(t, one)
 	n.del(t, other)
-	waitFor(t, "end of a certificate", func() bool { return count(dropped, other) > 0 })
+	worldtest.WaitFor(t, "end of a certificate", func() bool { return count(dropped, other) > 0 })
 	if count(dropped, one) != 0 {
 		t.Error("a certificate is gone that another pod uses")
 	}
 	n.del(t, two)
-	waitFor(t, "end of the other certificate", func() bool { return count(dropped, one) > 0 })
+	worldtest.WaitFor(t, "end of the other certificate", func() bool { return count(dropped, one) > 0 })
 	for p, want := range map[*pod]int{one: 1, other: 1, far: 0} {
 		if got := count(issued, p); got != want {
-			t.Errorf("%d certificates for %s, want %d", got, p.name, want)
+			t.Errorf("%d certificates for %s, want %d", got, p.Name, want)
 		}
 	}
 }
@@ -236,41 +239,41 @@ func maliciousCalls(t *testing.T) {
 	client, stranger := m.pod(t, "client", local), m.uncaptured(t, "stranger", remote)
 	zt := m.nodes[local].home
 	m.start(t)
-	loopback := *client
-	loopback.ip = addr("127.0.0.1:0").Addr()
 	for _, row := range []struct {
-		from, to *pod
-		want     string // for each port
+		from *pod
+		to   netip.Addr
+		want string // for each port
 	}{
-		{client, zt, "RRRRR--"},
-		{client, client, "RRRCCCC"},
-		{client, &loopback, "RRRCCCC"},
-		{stranger, zt, "CC-CC-H"},
-		{stranger, client, "RRRRRRR"},
+		{client, zt.IP4, "RRRRR--"},
+		{client, client.IP4, "RRRCCCC"},
+		{client, netip.MustParseAddr("127.0.0.1"), "RRRCCCC"},
+		{stranger, zt.IP4, "CC-CC-H"},
+		{stranger, client.IP4, "RRRRRRR"},
 	} {
 		for i, port := range []uint16{15001, 15006, 15008, 15080, 15000, 15020, 15021} {
 			want := row.want[i]
 			if want == leftOut {
 				continue
 			}
-			if got := maliciousCall(row.from, row.to, port); got != want {
-				t.Errorf("from %s to %v it is %c, want %c", row.from.name, row.to.at(port), got, want)
+			to := netip.AddrPortFrom(row.to, port)
+			if got := maliciousCall(row.from, to); got != want {
+				t.Errorf("from %s to %v it is %c, want %c", row.from.Name, to, got, want)
 			}
 		}
 	}
 	// It has survived all that.
 	server := m.uncaptured(t, "server", remote)
 	server.echoTwice(t)
-	client.request(t, server.at(8080), hello+hello)
+	client.request(t, server.At(8080), hello+hello)
 }
 
-func maliciousCall(from, to *pod, port uint16) byte {
-	c, err := from.connect(to.at(port))
+func maliciousCall(from *pod, to netip.AddrPort) byte {
+	c, err := from.Connect(to)
 	if err != nil {
 		return refused
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(worldtest.Patience))
 	c.Write([]byte(hello + "\r\n\r\n"))
 	answer := make([]byte, len("HTTP/1.1 400"))
 	n, err := c.Read(answer)

@@ -5,6 +5,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 const (
@@ -21,7 +23,7 @@ func policyRejects(t *testing.T) {
 	m.start(t)
 	server.echoTwice(t)
 	n := client.dialTunnel(t, server)
-	if status, _ := n.connect(t, 1, server.at(8080).String()); status != "401" {
+	if status, _ := n.connect(t, 1, server.At(8080).String()); status != "401" {
 		t.Errorf("CONNECT is answered with %s, want 401", status)
 	}
 	_, in := direct(client, server)
@@ -36,8 +38,8 @@ func TestPolicyDenies(t *testing.T) {
 	m.policies = deny("no-client", client.identity())
 	m.start(t)
 	server.echoTwice(t)
-	client.isRefused(t, server.at(8080))
-	other.request(t, server.at(8080), hello+hello)
+	client.isRefused(t, server.At(8080))
+	other.request(t, server.At(8080), hello+hello)
 
 	out, in := direct(client, server)
 	out.sent, out.recv, out.err = 0, 0, "http status: 401 Unauthorized"
@@ -66,17 +68,17 @@ func TestStrict(t *testing.T) {
 	strict.echoTwice(t)
 	lax.echoTwice(t)
 
-	plain.isRefused(t, strict.at(8080))
-	plain.request(t, lax.at(8080), hello+hello)
-	client.request(t, strict.at(8080), hello+hello)
+	plain.isRefused(t, strict.At(8080))
+	plain.request(t, lax.At(8080), hello+hello)
+	client.request(t, strict.At(8080), hello+hello)
 
 	out, in := direct(client, strict)
 	client.node.says(t, out, in,
 		access{
-			src: plain, dst: strict, addr: strict.at(8080), inbound: true,
+			src: plain, dst: strict, addr: strict.At(8080), inbound: true,
 			err: rejected + "explicitly denied by: istio-system/istio_converted_static_strict",
 		},
-		access{src: plain, dst: lax, addr: lax.at(8080), inbound: true, sent: 22, recv: 11})
+		access{src: plain, dst: lax, addr: lax.At(8080), inbound: true, sent: 22, recv: 11})
 }
 
 // A pod without a mesh is reached in plaintext, and reaches.
@@ -86,11 +88,11 @@ func TestWithoutMesh(t *testing.T) {
 	m.start(t)
 	pod.echoTwice(t)
 	plain.echoTwice(t)
-	pod.request(t, plain.at(8080), hello+hello)
-	plain.request(t, pod.at(8080), hello+hello)
+	pod.request(t, plain.At(8080), hello+hello)
+	plain.request(t, pod.At(8080), hello+hello)
 	pod.node.says(t,
-		access{src: pod, dst: plain, addr: plain.at(8080), sent: 11, recv: 22},
-		access{src: plain, dst: pod, addr: pod.at(8080), inbound: true, sent: 22, recv: 11})
+		access{src: pod, dst: plain, addr: plain.At(8080), sent: 11, recv: 22},
+		access{src: plain, dst: pod, addr: pod.At(8080), inbound: true, sent: 22, recv: 11})
 }
 
 // A new policy cuts the connections that it denies, and no others; and without it
@@ -101,7 +103,7 @@ func TestPolicyChange(t *testing.T) {
 	plain := m.uncaptured(t, "plain", remote)
 	m.start(t)
 	server.echoTwice(t)
-	cut, goesOn, plaintext := client.dial(t, server.at(8080)), other.dial(t, server.at(8080)), plain.dial(t, server.at(8080))
+	cut, goesOn, plaintext := client.Dial(t, server.At(8080)), other.Dial(t, server.At(8080)), plain.Dial(t, server.At(8080))
 	talks(t, cut)
 	talks(t, goesOn)
 	talks(t, plaintext)
@@ -117,7 +119,7 @@ func TestPolicyChange(t *testing.T) {
 	server.node.says(t, in)
 	// What the sender hears is the end of the bytes, and no more.
 	client.node.says(t, out)
-	client.isRefused(t, server.at(8080))
+	client.isRefused(t, server.At(8080))
 
 	m.policies = allow("only-other", other.identity())
 	m.rewrite(t)
@@ -126,8 +128,8 @@ func TestPolicyChange(t *testing.T) {
 
 	m.policies = ""
 	m.rewrite(t)
-	client.request(t, server.at(8080), hello+hello)
-	plain.request(t, server.at(8080), hello+hello)
+	client.request(t, server.At(8080), hello+hello)
+	plain.request(t, server.At(8080), hello+hello)
 	talks(t, goesOn)
 	goesOn.Close()
 
@@ -138,7 +140,7 @@ func TestPolicyChange(t *testing.T) {
 	otherOut, otherIn := direct(other, server)
 	otherOut.sent, otherOut.recv = 4*11, 4*22
 	otherIn.sent, otherIn.recv = 4*22, 4*11
-	fromPlain := access{src: plain, dst: server, addr: server.at(8080), inbound: true, sent: 22, recv: 11}
+	fromPlain := access{src: plain, dst: server, addr: server.At(8080), inbound: true, sent: 22, recv: 11}
 	plainCut := fromPlain
 	plainCut.sent, plainCut.recv, plainCut.err = 44, 22, policyChange
 	client.node.says(t, out, lateOut, again, otherOut)
@@ -156,19 +158,19 @@ func TestBadEdit(t *testing.T) {
 	bad := strings.Replace(good, "action: Allow", "action: Allways", 1)
 	line := 1 + strings.Count(bad[:strings.Index(bad, "Allways")], "\n")
 	m.write(t, bad)
-	zt := client.node.zt
-	zt.says(t, "the new configuration is refused; the old one stays in force")
-	zt.says(t, fmt.Sprintf("%s: line %d: policies[0].action: ", m.configFile(), line))
-	client.isRefused(t, server.at(8080))
+	zt := client.node.ZT
+	zt.Says(t, "the new configuration is refused; the old one stays in force")
+	zt.Says(t, fmt.Sprintf("%s: line %d: policies[0].action: ", m.configFile(), line))
+	client.isRefused(t, server.At(8080))
 
 	// Half a file, written in place as a bad editor does.
 	if err := os.WriteFile(m.configFile(), []byte(good[:len(good)/2]), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "second refusal", func() bool { return strings.Count(zt.out.String(), "the new configuration is refused") == 2 })
-	client.isRefused(t, server.at(8080))
+	worldtest.WaitFor(t, "second refusal", func() bool { return strings.Count(zt.Log(), "the new configuration is refused") == 2 })
+	client.isRefused(t, server.At(8080))
 
 	m.policies = ""
 	m.rewrite(t)
-	client.request(t, server.at(8080), hello+hello)
+	client.request(t, server.At(8080), hello+hello)
 }

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/pires/go-proxyproto"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // viaWaypoint is a request that a waypoint without ztunnel answers, and the line
@@ -15,7 +17,7 @@ func viaWaypoint(t *testing.T, client, waypoint *pod, s *hboneServer, to, servic
 	t.Helper()
 	client.request(t, addr(to), "waypoint\n"+hello)
 	client.node.says(t, access{
-		src: client, dst: waypoint, addr: waypoint.at(15008), hbone: to, service: service, sent: 11, recv: 20,
+		src: client, dst: waypoint, addr: waypoint.At(15008), hbone: to, service: service, sent: 11, recv: 20,
 	})
 	asked := s.asked()
 	if len(asked) != 1 {
@@ -29,9 +31,9 @@ func viaWaypoint(t *testing.T, client, waypoint *pod, s *hboneServer, to, servic
 	if got.baggage != baggage {
 		t.Errorf("baggage is %q, want %q", got.baggage, baggage)
 	}
-	forwarded := fmt.Sprintf(`^for="%v:\d+"$`, client.ip)
+	forwarded := fmt.Sprintf(`^for="%v:\d+"$`, client.IP4)
 	if service != "" {
-		forwarded = fmt.Sprintf(`^for="%v:\d+";host=%s$`, client.ip, service)
+		forwarded = fmt.Sprintf(`^for="%v:\d+";host=%s$`, client.IP4, service)
 	}
 	if !regexp.MustCompile(forwarded).MatchString(got.forwarded) {
 		t.Errorf("forwarded is %q, want %s", got.forwarded, forwarded)
@@ -50,17 +52,17 @@ func gateway(destination string) string {
 func workloadWaypoint(t *testing.T) {
 	m := newMesh(t)
 	client, server, waypoint := m.pod(t, "client", local), m.pod(t, "server", local), m.uncaptured(t, "waypoint", remote)
-	server.more = []string{gateway("/" + waypoint.ip.String())}
+	server.more = []string{gateway("/" + waypoint.IP4.String())}
 	m.start(t)
 	s := waypoint.waypointServer(t)
-	viaWaypoint(t, client, waypoint, s, server.at(8080).String(), "")
+	viaWaypoint(t, client, waypoint, s, server.At(8080).String(), "")
 }
 
 // A service's waypoint: it is asked for the VIP.
 func serviceWaypoint(t *testing.T) {
 	m := newMesh(t)
 	client, server, waypoint := m.pod(t, "client", local), m.pod(t, "server", local), m.uncaptured(t, "waypoint", remote)
-	m.services = service("service", "10.10.0.1", "{80: 80}") + "\n  " + gateway("/"+waypoint.ip.String())
+	m.services = service("service", "10.10.0.1", "{80: 80}") + "\n  " + gateway("/"+waypoint.IP4.String())
 	server.services = fmt.Sprintf("{default/%s: {80: 80}}", hostname("service"))
 	m.start(t)
 	s := waypoint.waypointServer(t)
@@ -76,7 +78,7 @@ func serviceWaypointHostname(t *testing.T) {
 	server.more = []string{gateway("default/" + hostname("waypoint"))}
 	m.start(t)
 	s := waypoint.waypointServer(t)
-	viaWaypoint(t, client, waypoint, s, server.at(8080).String(), "")
+	viaWaypoint(t, client, waypoint, s, server.At(8080).String(), "")
 }
 
 // A workload's waypoint that is named as a workload.
@@ -87,7 +89,7 @@ func serviceWaypointWorkloadHostname(t *testing.T) {
 	server.more = []string{gateway("default/waypoint.example.com")}
 	m.start(t)
 	s := waypoint.waypointServer(t)
-	viaWaypoint(t, client, waypoint, s, server.at(8080).String(), "")
+	viaWaypoint(t, client, waypoint, s, server.At(8080).String(), "")
 }
 
 // A waypoint that is captured itself, and gets what it is asked for by its ztunnel.
@@ -95,13 +97,13 @@ func sandwichWaypointPlain(t *testing.T) {
 	m := newMesh(t)
 	client, server, waypoint := m.pod(t, "client", local), m.pod(t, "server", local), m.pod(t, "waypoint", local)
 	waypoint.more = []string{"applicationTunnel: {protocol: NONE}"}
-	server.more = []string{gateway("/" + waypoint.ip.String())}
+	server.more = []string{gateway("/" + waypoint.IP4.String())}
 	m.start(t)
 	server.echoTwice(t)
-	waypoint.serve(t, waypoint.at(8080), func(c net.Conn) {
-		waypoint.forwardTo(c.(*net.TCPConn), server.at(8080))
+	waypoint.Serve(t, waypoint.At(8080), func(c *worldtest.Conn) {
+		waypoint.forwardTo(c, server.At(8080))
 	})
-	client.request(t, server.at(8080), hello+hello)
+	client.request(t, server.At(8080), hello+hello)
 	sandwiched(t, client, server, waypoint, "")
 }
 
@@ -117,8 +119,8 @@ func sandwichWaypointProxyProtocol(t *testing.T) {
 	m.start(t)
 	server.echoTwice(t)
 	headers := make(chan *proxyproto.Header, 1)
-	waypoint.serve(t, addr("127.0.0.1:15088"), waypoint.forwardByProxyHeader(headers))
-	client.request(t, server.at(8080), hello+hello)
+	waypoint.Serve(t, addr("127.0.0.1:15088"), waypoint.forwardByProxyHeader(headers))
+	client.request(t, server.At(8080), hello+hello)
 	sandwiched(t, client, server, waypoint, hostname("waypoint"))
 
 	h := <-headers
@@ -128,7 +130,7 @@ func sandwichWaypointProxyProtocol(t *testing.T) {
 	}
 	const tlvIdentity = 0xd0
 	source := h.SourceAddr.(*net.TCPAddr).AddrPort().Addr()
-	if h.Version != 2 || h.DestinationAddr.String() != server.at(8080).String() || source != client.ip ||
+	if h.Version != 2 || h.DestinationAddr.String() != server.At(8080).String() || source != client.IP4 ||
 		len(tlvs) != 1 || tlvs[0].Type != tlvIdentity || string(tlvs[0].Value) != client.identity() {
 		t.Errorf("the PROXY header is %+v with %v", h, tlvs)
 	}
@@ -139,7 +141,7 @@ func sandwichWaypointProxyProtocol(t *testing.T) {
 func sandwiched(t *testing.T, client, server, waypoint *pod, service string) {
 	t.Helper()
 	out, in := direct(client, waypoint)
-	out.hbone, in.hbone = server.at(8080).String(), server.at(8080).String()
+	out.hbone, in.hbone = server.At(8080).String(), server.At(8080).String()
 	onwardOut, onwardIn := direct(waypoint, server)
 	client.node.says(t, out, in, onwardOut, onwardIn)
 }

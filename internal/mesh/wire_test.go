@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // Between the nodes there is nothing but connections to 15008, and in these nothing
@@ -28,9 +30,9 @@ func TestWire(t *testing.T) {
 	client.echoTwice(t)
 
 	wire := m.tap(t, "bridge")
-	client.request(t, server.at(8080), hello+hello)
+	client.request(t, server.At(8080), hello+hello)
 	neighbour.request(t, addr("10.10.0.1:80"), hello+hello)
-	server.request(t, client.at(8080), hello+hello)
+	server.request(t, client.At(8080), hello+hello)
 	client.node.line(t, "direction=\"inbound\"") // all is over
 	flows := wire.flows(t)
 	if len(flows) != 2*3 { // a tunnel for each pair of pods, each with two directions
@@ -50,7 +52,7 @@ func TestWire(t *testing.T) {
 
 	// Without a mesh it would have been seen.
 	plain := m.uncaptured(t, "plain", remote)
-	plain.request(t, client.at(8080), hello+hello)
+	plain.request(t, client.At(8080), hello+hello)
 	found := false
 	for _, text := range wire.flows(t) {
 		found = found || strings.Contains(string(text), hello)
@@ -90,7 +92,7 @@ type tap struct{ fd int }
 
 func (m *mesh) tap(t *testing.T, name string) tap {
 	t.Helper()
-	p := m.open(t, name)
+	p := m.world.Open(t, name)
 	w := tap{-1}
 	if _, err := p.Do(func() (err error) {
 		w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
@@ -166,13 +168,13 @@ func TestSocketsAreInPods(t *testing.T) {
 	m.start(t)
 	server.echoTwice(t)
 	plain.echoTwice(t)
-	talks(t, client.dial(t, server.at(8080)))
-	talks(t, client.dial(t, plain.at(8080)))
+	talks(t, client.Dial(t, server.At(8080)))
+	talks(t, client.Dial(t, plain.At(8080)))
 
 	for _, p := range []*pod{client, server} {
 		for _, listener := range []string{"*:15001", "*:15006", "*:15008", "127.0.0.1:15053"} {
 			if n := p.sockets(t, "LISTEN", listener, ".*"); n != 1 {
-				t.Errorf("in %s, %d sockets of its ztunnel listen at %s", p.name, n, listener)
+				t.Errorf("in %s, %d sockets of its ztunnel listen at %s", p.Name, n, listener)
 			}
 		}
 	}
@@ -181,20 +183,20 @@ func TestSocketsAreInPods(t *testing.T) {
 		from, to string
 		what     string
 	}{
-		{client, client.ip.String() + `:\d+`, server.at(15008).String(), "the tunnel that it has made"},
-		{client, client.ip.String() + `:\d+`, plain.at(8080).String(), "the connection in plaintext"},
-		{server, fmt.Sprintf(`\[::ffff:%v\]:15008`, server.ip), fmt.Sprintf(`\[::ffff:%v\]:\d+`, client.ip), "the tunnel to it"},
-		{server, client.ip.String() + `:\d+`, server.at(8080).String(), "the connection to the application, from the client's address"},
+		{client, client.IP4.String() + `:\d+`, server.At(15008).String(), "the tunnel that it has made"},
+		{client, client.IP4.String() + `:\d+`, plain.At(8080).String(), "the connection in plaintext"},
+		{server, fmt.Sprintf(`\[::ffff:%v\]:15008`, server.IP4), fmt.Sprintf(`\[::ffff:%v\]:\d+`, client.IP4), "the tunnel to it"},
+		{server, client.IP4.String() + `:\d+`, server.At(8080).String(), "the connection to the application, from the client's address"},
 	} {
 		if n := s.in.sockets(t, "ESTAB", s.from, s.to); n != 1 {
-			t.Errorf("in %s there are %d sockets for %s:\n%s", s.in.name, n, s.what, s.in.run(t, "ss", "-tnpH"))
+			t.Errorf("in %s there are %d sockets for %s:\n%s", s.in.Name, n, s.what, s.in.Run(t, "ss", "-tnpH"))
 		}
 	}
 	for _, n := range m.nodes {
-		if got := n.home.run(t, "ss", "-tnaH", "sport != :15021"); got != "" {
+		if got := n.home.Run(t, "ss", "-tnaH", "sport != :15021"); got != "" {
 			t.Errorf("in the place of ztunnel itself there is\n%s", got)
 		}
-		if got := m.open(t, fmt.Sprint("node", n.number)).run(t, "ss", "-tnaH"); got != "" {
+		if got := m.world.Open(t, fmt.Sprint("node", n.number)).Run(t, "ss", "-tnaH"); got != "" {
 			t.Errorf("on the node there is\n%s", got)
 		}
 	}
@@ -204,8 +206,8 @@ func TestSocketsAreInPods(t *testing.T) {
 // between two addresses that are regular expressions.
 func (p *pod) sockets(t *testing.T, state, from, to string) (n int) {
 	t.Helper()
-	is := regexp.MustCompile(fmt.Sprintf(`^%s +\d+ +\d+ +%s +%s .*\bpid=%d,`, state, strings.ReplaceAll(from, "*", `\*`), to, p.node.zt.pid()))
-	for line := range strings.Lines(p.run(t, "ss", "-tnapH")) {
+	is := regexp.MustCompile(fmt.Sprintf(`^%s +\d+ +\d+ +%s +%s .*\bpid=%d,`, state, strings.ReplaceAll(from, "*", `\*`), to, p.node.ZT.Pid))
+	for line := range strings.Lines(p.Run(t, "ss", "-tnapH")) {
 		if is.MatchString(line) {
 			n++
 		}
@@ -219,20 +221,20 @@ func TestCertificateRotation(t *testing.T) {
 	m := newMesh(t)
 	client, server, probe := m.pod(t, "client", local), m.pod(t, "server", remote), m.uncaptured(t, "probe", local)
 	for _, n := range m.nodes {
-		n.env = append(n.env, "SECRET_TTL=2s", "POOL_MAX_STREAMS_PER_CONNECTION=2") // so that there are new tunnels all the time
+		n.Env = append(n.Env, "SECRET_TTL=2s", "POOL_MAX_STREAMS_PER_CONNECTION=2") // so that there are new tunnels all the time
 	}
 	m.start(t)
 	server.echoTwice(t)
-	c := client.dial(t, server.at(8080))
+	c := client.Dial(t, server.At(8080))
 	seen := map[string]bool{}
 	rounds := 0
 	for began := time.Now(); time.Since(began) < 5*time.Second || len(seen) < 4; rounds++ {
 		if time.Since(began) > 20*time.Second {
 			t.Fatalf("in %v there were %d certificates", time.Since(began), len(seen))
 		}
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(worldtest.Patience))
 		talks(t, c)
-		client.request(t, server.at(8080), hello+hello)
+		client.request(t, server.At(8080), hello+hello)
 		n := probe.dialTunnel(t, server)
 		cert := n.tls.ConnectionState().PeerCertificates[0]
 		n.tls.NetConn().Close()
