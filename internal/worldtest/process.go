@@ -189,14 +189,20 @@ func (p *Process) Lines(parts ...string) (lines []string) {
 	return lines
 }
 
-// Line waits for the one access line that has all of parts in it.
-func (p *Process) Line(t *testing.T, parts ...string) string {
+// WaitLines is Lines, when there are any.
+func (p *Process) WaitLines(t *testing.T, parts ...string) (lines []string) {
 	t.Helper()
-	var lines []string
 	WaitFor(t, fmt.Sprintf("access line with %q", parts), func() bool {
 		lines = p.Lines(parts...)
 		return len(lines) > 0
 	})
+	return lines
+}
+
+// Line waits for the one access line that has all of parts in it.
+func (p *Process) Line(t *testing.T, parts ...string) string {
+	t.Helper()
+	lines := p.WaitLines(t, parts...)
 	if len(lines) > 1 {
 		t.Errorf("more than one access line with %q:\n%s", parts, strings.Join(lines, "\n"))
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -12,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 )
 
 // mostMemory is what hostile peers may cost at any moment, one after the other, in
@@ -46,16 +47,16 @@ func TestHostileClient(t *testing.T) {
 		n.start(t, served)
 		var silent mute
 		about := map[string]any{
-			"to": served.at(15008).String(), "root": n.ca.root(), "pem": n.ca.of(t, "client"),
-			"echo": served.run(t, echo).String(), "endless": served.run(t, endless).String(), "mute": served.run(t, silent.serve).String(),
+			"to": served.At(15008).String(), "root": n.ca.root(), "pem": n.ca.of(t, "client"),
+			"echo": served.Serve(t, served.At(0), echo).At.String(), "endless": served.Serve(t, served.At(0), endless).At.String(), "mute": served.Serve(t, served.At(0), silent.serve).At.String(),
 		}
 		t.Cleanup(silent.free) // before who serves is waited for
-		c := from.peer(t, "hostile.py", "client", about)
+		c := startPeer(t, from, "hostile.py", "client", about)
 		var cases []string
 		c.next(t, &cases)
-		idle := n.zt.costs(t)
+		idle := costsOf(t, n.ZT)
 		for _, what := range cases {
-			n.zt.survives(t, what, fast, idle, func() {
+			survives(t, n.ZT, what, fast, idle, func() {
 				c.tell(t, what)
 				c.expect(t, "done")
 				silent.free()
@@ -73,22 +74,22 @@ func TestHostileServer(t *testing.T) {
 		n := newNode(t, caller, to)
 		n.useFast(fast)
 		n.start(t, caller)
-		s := to.peer(t, "hostile.py", "server", map[string]any{"root": n.ca.root(), "pem": n.ca.of(t, "server")})
+		s := startPeer(t, to, "hostile.py", "server", map[string]any{"root": n.ca.root(), "pem": n.ca.of(t, "server")})
 		var cases []string
 		s.next(t, &cases)
-		idle := n.zt.costs(t)
+		idle := costsOf(t, n.ZT)
 		for _, what := range cases {
-			n.zt.survives(t, what, fast, idle, func() {
+			survives(t, n.ZT, what, fast, idle, func() {
 				s.tell(t, what)
-				c := caller.dial(t, to.at(8080))
+				c := caller.Dial(t, to.At(8080))
 				// What has come may be anything; but it ends.
 				if _, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, unix.ECONNRESET) {
 					t.Errorf("%s: who calls gets %v", what, err)
 				}
 				c.Close()
 				s.expect(t, "done")
-				n.zt.has(t, idle.descriptors) // or the next would get this tunnel
-				exchange(t, caller.dial(t, to.at(8080)))
+				has(t, n.ZT, idle.descriptors) // or the next would get this tunnel
+				exchange(t, caller.Dial(t, to.At(8080)))
 			})
 		}
 		s.isContent(t)
@@ -98,25 +99,25 @@ func TestHostileServer(t *testing.T) {
 // survives does something to the process, which was idle before the first of that
 // kind: at no moment may it have much more memory than then, if that says something,
 // and afterwards no more descriptors.
-func (p *process) survives(t *testing.T, what string, memory bool, idle costs, do func()) {
+func survives(t *testing.T, p *worldtest.Process, what string, memory bool, idle costs, do func()) {
 	t.Helper()
-	p.watch(t)
+	watch(t, p)
 	do()
-	more := p.memory(t, "VmHWM:") - idle.resident
+	more := memoryOf(t, p, "VmHWM:") - idle.resident
 	if memory && more > mostMemory+moreMemory[what] {
 		t.Errorf("after %s it has %d MiB more than before the first case", what, more>>20)
 	}
-	p.has(t, idle.descriptors)
+	has(t, p, idle.descriptors)
 }
 
 // has waits until the process has no more than n descriptors.
-func (p *process) has(t *testing.T, n int) {
+func has(t *testing.T, p *worldtest.Process, n int) {
 	t.Helper()
-	waitFor(t, fmt.Sprint("fall to ", n, " descriptors"), func() bool { return p.costs(t).descriptors <= n })
+	worldtest.WaitFor(t, fmt.Sprint("fall to ", n, " descriptors"), func() bool { return costsOf(t, p).descriptors <= n })
 }
 
 // endless speaks until nobody listens.
-func endless(c *net.TCPConn) {
+func endless(c *worldtest.Conn) {
 	block := make([]byte, 1<<16)
 	for {
 		if _, err := c.Write(block); err != nil {
@@ -131,7 +132,7 @@ type mute struct {
 	leave chan struct{}
 }
 
-func (m *mute) serve(*net.TCPConn) { <-m.left() }
+func (m *mute) serve(*worldtest.Conn) { <-m.left() }
 
 func (m *mute) left() chan struct{} {
 	m.mu.Lock()
@@ -157,27 +158,27 @@ type costs struct {
 	descriptors int
 }
 
-func (p *process) costs(t *testing.T) costs {
+func costsOf(t *testing.T, p *worldtest.Process) costs {
 	t.Helper()
-	fds, err := os.ReadDir(p.proc("fd"))
+	fds, err := os.ReadDir(proc(p, "fd"))
 	must(t, err)
-	return costs{p.memory(t, "VmRSS:"), len(fds)}
+	return costs{memoryOf(t, p, "VmRSS:"), len(fds)}
 }
 
-func (p *process) proc(name string) string {
-	return fmt.Sprintf("/proc/%d/%s", p.cmd.Process.Pid, name)
+func proc(p *worldtest.Process, name string) string {
+	return fmt.Sprintf("/proc/%d/%s", p.Pid, name)
 }
 
 // watch forgets the most memory that the process has had; see proc(5), clear_refs.
-func (p *process) watch(t *testing.T) {
+func watch(t *testing.T, p *worldtest.Process) {
 	t.Helper()
-	must(t, os.WriteFile(p.proc("clear_refs"), []byte("5"), 0))
+	must(t, os.WriteFile(proc(p, "clear_refs"), []byte("5"), 0))
 }
 
-// memory is a line of /proc/PID/status, in bytes.
-func (p *process) memory(t *testing.T, name string) int {
+// memoryOf is a line of /proc/PID/status, in bytes.
+func memoryOf(t *testing.T, p *worldtest.Process, name string) int {
 	t.Helper()
-	status, err := os.ReadFile(p.proc("status"))
+	status, err := os.ReadFile(proc(p, "status"))
 	must(t, err)
 	for line := range strings.Lines(string(status)) {
 		if f := strings.Fields(line); len(f) == 3 && f[0] == name {

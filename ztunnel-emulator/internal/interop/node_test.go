@@ -3,40 +3,34 @@ package interop
 import (
 	"fmt"
 	"net/netip"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"ambient-emulator/internal/netns/netnstest"
+	"ambient-emulator/internal/worldtest"
 )
 
-// node is a node agent and a ztunnel, in a network namespace of their own. Where
-// that is does not matter: a pod is where its descriptor says.
+// node is a node agent and a ztunnel, in a network namespace of their own.
 type node struct {
-	dir       string
+	*worldtest.Node
 	ca        *ca
-	env       []string // of ztunnel
-	program   string   // ztunnel
-	workloads []*pod   // of the configuration
-	policies  string   // YAML
-	agent, zt *process
+	workloads []*worldtest.Place // of the configuration
+	policies  string             // YAML
 }
 
 // newNode is a node to be started, whose configuration knows these pods.
-func newNode(t *testing.T, workloads ...*pod) *node {
+func newNode(t *testing.T, workloads ...*worldtest.Place) *node {
 	t.Helper()
-	return &node{
-		dir: t.TempDir(), ca: newCA(t), program: filepath.Join(bin, "ztunnel-emulator"), policies: "[]", workloads: workloads,
-		env: []string{"NODE_NAME=node2", "CONNECTION_TERMINATION_DEADLINE=50ms"},
-	}
+	n := &node{Node: worldtest.NewNode(t, netnstest.New(t)), ca: newCA(t), workloads: workloads, policies: "[]"}
+	n.Env = append(n.Env, "NODE_NAME=node2")
+	return n
 }
 
 // useFast takes a ztunnel without the race detector.
 func (n *node) useFast(yes bool) {
 	if yes {
-		n.program = filepath.Join(bin, "fast", "ztunnel-emulator")
+		n.Program = worldtest.FastZtunnel
 	}
 }
 
@@ -58,7 +52,7 @@ func (n *node) config() string {
   canonicalName: %[1]s-app
   canonicalRevision: v1
   services: {default/%[1]s.default.svc.cluster.local: {80: 8080}}
-`, p.name, p.ip)
+`, p.Name, p.IP4)
 	}
 	b.WriteString("services:\n")
 	for i, p := range n.workloads {
@@ -67,7 +61,7 @@ func (n *node) config() string {
   hostname: %[1]s.default.svc.cluster.local
   vips: [/%v]
   ports: {80: 8080}
-`, p.name, n.vip(i))
+`, p.Name, n.vip(i))
 	}
 	return b.String() + "policies: " + n.policies + "\n"
 }
@@ -77,20 +71,11 @@ func (n *node) vip(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 96, 0,
 
 // start starts an agent and a ztunnel, and makes these pods theirs. They end, well,
 // with the test.
-func (n *node) start(t *testing.T, pods ...*pod) {
+func (n *node) start(t *testing.T, pods ...*worldtest.Place) {
 	t.Helper()
-	home := netnstest.New(t)
-	zds, control, xds := filepath.Join(n.dir, "zds.sock"), filepath.Join(n.dir, "control.sock"), filepath.Join(n.dir, "mesh.yaml")
-	must(t, os.WriteFile(xds, []byte(n.config()), 0o644))
-	n.agent = start(t, home, nil, filepath.Join(bin, "cni-emulator"), "serve", "--capture", "redirect", "--zds-uds", zds, "--control-uds", control)
-	t.Cleanup(func() { n.agent.end(t) })
-	waitFor(t, "agent", func() bool { return exists(control) && exists(zds) })
-	n.zt = start(t, home, n.env, n.program, "--inpod-uds", zds, "--local-xds", xds, "--ca-cert", n.ca.root(), "--ca-key", filepath.Join(n.ca.dir, "key.pem"))
-	t.Cleanup(func() { n.zt.end(t) })
-	n.zt.says(t, "\tready\t")
+	n.Args = []string{"--local-xds", n.ca.write(t, "mesh.yaml", []byte(n.config())), "--ca-cert", n.ca.root(), "--ca-key", filepath.Join(n.ca.dir, "key.pem")}
+	n.Start(t, "--capture", "redirect")
 	for _, p := range pods {
-		if out, err := exec.Command(filepath.Join(bin, "cni-emulator"), "add", p.name, "--netns", p.path, "--service-account", p.name, "--control-uds", control).CombinedOutput(); err != nil {
-			t.Fatalf("add %s: %v: %s", p.name, err, out)
-		}
+		n.Add(t, p, "--service-account", p.Name)
 	}
 }

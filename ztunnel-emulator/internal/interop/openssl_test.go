@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"ambient-emulator/internal/worldtest"
 	"ambient-emulator/ztunnel-emulator/internal/identity/identitytest"
 )
 
@@ -20,7 +21,7 @@ func TestOpenSSL(t *testing.T) {
 	n := newNode(t, served)
 	n.start(t, served)
 	client := func(args ...string) string {
-		cmd := command(from.NS, "openssl", slices.Concat([]string{"s_client", "-connect", served.at(15008).String(), "-CAfile", n.ca.root(), "-verify_return_error"}, args)...)
+		cmd := worldtest.Command(from.NS, "openssl", slices.Concat([]string{"s_client", "-connect", served.At(15008).String(), "-CAfile", n.ca.root(), "-verify_return_error"}, args)...)
 		cmd.Stdin = strings.NewReader("HTTP/1.1 is not what is spoken here\r\n") // so we are hung up on
 		out, _ := cmd.CombinedOutput()                                           // with an alert it is an error
 		return string(out)

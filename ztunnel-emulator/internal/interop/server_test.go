@@ -1,17 +1,16 @@
 package interop
 
 import (
-	"bytes"
 	"crypto/x509"
 	"fmt"
-	"hash/crc32"
-	"io"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"ambient-emulator/internal/worldtest"
 	"ambient-emulator/ztunnel-emulator/internal/hbone"
 	"ambient-emulator/ztunnel-emulator/internal/identity"
 	"ambient-emulator/ztunnel-emulator/internal/identity/identitytest"
@@ -19,23 +18,23 @@ import (
 
 // called is a pod with h2 at its 15008, and what else a case is about.
 type called struct {
-	*process
+	*peer
 	n      *node
-	caller *pod
+	caller *worldtest.Place
 	id     identity.ID
 	app    netip.AddrPort // what the caller calls: nobody listens there
 	vip    netip.AddrPort // the same, by its service
 }
 
-func (s *called) dial(t *testing.T) *net.TCPConn { return s.caller.dial(t, s.app) }
+func (s *called) dial(t *testing.T) *worldtest.Conn { return s.caller.Dial(t, s.app) }
 
 // exchange is a whole exchange with a server that says everything back.
-func exchange(t *testing.T, c *net.TCPConn) {
+func exchange(t *testing.T, c *worldtest.Conn) {
 	t.Helper()
-	say(t, c, "ping")
-	hears(t, c, "ping")
+	c.Say(t, "ping")
+	c.Hears(t, "ping")
 	must(t, c.CloseWrite())
-	hearsEnd(t, c)
+	c.HearsEnd(t)
 	c.Close()
 }
 
@@ -55,7 +54,7 @@ func TestServer(t *testing.T) {
 		{"unprocessed", func(t *testing.T, s *called) { exchange(t, s.dial(t)) }},
 		{"resets", testResets},
 		{"resets_request", func(t *testing.T, s *called) {
-			hearsReset(t, s.dial(t))
+			s.dial(t).HearsReset(t)
 			exchange(t, s.dial(t))
 		}},
 		{"small_windows", testSmallWindows},
@@ -68,7 +67,7 @@ func TestServer(t *testing.T) {
 		{"certificates", testCertificates},
 	}
 	caller := newPod(t, 2, "caller")
-	var peers []*pod
+	var peers []*worldtest.Place
 	for _, tc := range cases {
 		peers = append(peers, newPod(t, 3, strings.ReplaceAll(tc.name, "_", "-")))
 	}
@@ -77,12 +76,12 @@ func TestServer(t *testing.T) {
 	for i, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			s := &called{n: n, caller: caller, id: idOf(peers[i].name), app: peers[i].at(8080), vip: netip.AddrPortFrom(n.vip(i), 80)}
-			about := map[string]any{"root": n.ca.root(), "pem": n.ca.of(t, peers[i].name)}
+			s := &called{n: n, caller: caller, id: idOf(peers[i].Name), app: peers[i].At(8080), vip: netip.AddrPortFrom(n.vip(i), 80)}
+			about := map[string]any{"root": n.ca.root(), "pem": n.ca.of(t, peers[i].Name)}
 			if tc.name == "certificates" {
 				about["certificates"] = s.badCertificates(t)
 			}
-			s.process = peers[i].peer(t, "server.py", tc.name, about)
+			s.peer = startPeer(t, peers[i], "server.py", tc.name, about)
 			s.expect(t, "ready")
 			tc.test(t, s)
 			s.isContent(t)
@@ -104,10 +103,10 @@ func testRequests(t *testing.T, s *called) {
 	}
 	s.isAsked(t, c, "")
 	exchange(t, c)
-	c = s.caller.dial(t, s.vip)
+	c = s.caller.Dial(t, s.vip)
 	s.isAsked(t, c, ";host=requests.default.svc.cluster.local")
 	exchange(t, c)
-	line := s.n.zt.line(t, "dst.hbone_addr="+s.app.String(), "dst.service=")
+	line := s.n.ZT.Line(t, "dst.hbone_addr="+s.app.String(), "dst.service=")
 	want := fmt.Sprintf(`info access connection complete src.addr=%v src.workload="caller" src.namespace="default" src.identity=%q src.cluster="Kubernetes" `+
 		`dst.addr=%v:15008 dst.hbone_addr=%v dst.service="requests.default.svc.cluster.local" dst.workload="requests" dst.namespace="default" dst.identity=%q dst.cluster="Kubernetes" `+
 		`direction="outbound" bytes_sent=4 bytes_recv=4 duration="…"`, c.LocalAddr(), idOf("caller"), s.app.Addr(), s.app, s.id)
@@ -118,7 +117,7 @@ func testRequests(t *testing.T, s *called) {
 
 // isAsked wants the next request to be c's: these fields in this order, and no
 // others.
-func (s *called) isAsked(t *testing.T, c *net.TCPConn, host string) {
+func (s *called) isAsked(t *testing.T, c *worldtest.Conn, host string) {
 	t.Helper()
 	var got [][2]string
 	s.next(t, &got)
@@ -138,21 +137,21 @@ func (s *called) isAsked(t *testing.T, c *net.TCPConn, host string) {
 
 func testHalfClose(t *testing.T, s *called) {
 	c := s.dial(t)
-	hears(t, c, "question")
-	hearsEnd(t, c)
-	say(t, c, "answer")
+	c.Hears(t, "question")
+	c.HearsEnd(t)
+	c.Say(t, "answer")
 	c.Close()
 	c = s.dial(t)
-	say(t, c, "question")
+	c.Say(t, "question")
 	must(t, c.CloseWrite())
-	hears(t, c, "answer")
-	hearsEnd(t, c)
+	c.Hears(t, "answer")
+	c.HearsEnd(t)
 }
 
 func testRefuses(t *testing.T, s *called) {
 	for _, status := range []string{"401 Unauthorized", "503 Service Unavailable", "204 No Content"} {
-		hearsReset(t, s.dial(t))
-		s.n.zt.line(t, "error access", s.app.String(), "http status: "+status)
+		s.dial(t).HearsReset(t)
+		s.n.ZT.Line(t, "error access", s.app.String(), "http status: "+status)
 	}
 	exchange(t, s.dial(t))
 }
@@ -160,55 +159,56 @@ func testRefuses(t *testing.T, s *called) {
 func testCloses(t *testing.T, s *called) {
 	for range 2 { // after TLS, and after the request
 		c := s.dial(t)
-		hearsReset(t, c)
-		s.n.zt.line(t, "error access", fmt.Sprintf("src.addr=%v ", c.LocalAddr()))
+		c.HearsReset(t)
+		s.n.ZT.Line(t, "error access", fmt.Sprintf("src.addr=%v ", c.LocalAddr()))
 	}
 	c := s.dial(t)
-	hears(t, c, "some")
-	say(t, c, "more")
-	hearsEnd(t, c)
+	c.Hears(t, "some")
+	c.Say(t, "more")
+	c.HearsEnd(t)
 	c.Close()
 	exchange(t, s.dial(t))
 }
 
 func testGoesAway(t *testing.T, s *called) {
 	first := s.dial(t)
-	say(t, first, "first")
+	first.Say(t, "first")
 	s.expect(t, "gone")
 	second := s.dial(t)
-	say(t, second, "second")
-	hears(t, first, "still here")
-	say(t, first, "last")
+	second.Say(t, "second")
+	first.Hears(t, "still here")
+	first.Say(t, "last")
 	must(t, first.CloseWrite())
-	hearsEnd(t, first)
+	first.HearsEnd(t)
 	exchange(t, second)
 }
 
 func testResets(t *testing.T, s *called) {
-	for _, hearsIt := range []func(*testing.T, net.Conn){hearsEnd, hearsEnd, hearsReset} {
+	end, reset := (*worldtest.Conn).HearsEnd, (*worldtest.Conn).HearsReset
+	for _, hears := range []func(*worldtest.Conn, *testing.T){end, end, reset} {
 		c := s.dial(t)
-		say(t, c, "some")
-		hears(t, c, "more")
-		hearsIt(t, c)
+		c.Say(t, "some")
+		c.Hears(t, "more")
+		hears(c, t)
 		c.Close()
 	}
-	s.n.zt.line(t, "error access", s.app.String(), "stream error received: unexpected internal error encountered")
+	s.n.ZT.Line(t, "error access", s.app.String(), "stream error received: unexpected internal error encountered")
 	exchange(t, s.dial(t))
 }
 
 func testSmallWindows(t *testing.T, s *called) {
 	c := s.dial(t)
 	const size = 200_000
-	say(t, c, strings.Repeat("x", size))
+	c.Say(t, strings.Repeat("x", size))
 	must(t, c.CloseWrite())
-	hears(t, c, fmt.Sprint(size))
-	hearsEnd(t, c)
+	c.Hears(t, fmt.Sprint(size))
+	c.HearsEnd(t)
 }
 
 func testFewStreams(t *testing.T, s *called) {
 	one := s.dial(t)
-	say(t, one, "ping")
-	hears(t, one, "ping")
+	one.Say(t, "ping")
+	one.Hears(t, "ping")
 	two := s.dial(t)
 	s.expect(t, "full")
 	exchange(t, s.dial(t))
@@ -219,26 +219,7 @@ func testFewStreams(t *testing.T, s *called) {
 // testBack: much goes to h2, which has it all before it says it back.
 func testBack(t *testing.T, s *called) {
 	c := s.dial(t)
-	sent := make(chan uint32, 1)
-	go sendBulk(c, sent)
-	crc := crc32.NewIEEE()
-	if n, err := io.Copy(crc, c); n != bulk || err != nil {
-		t.Errorf("after %d bytes of %d: %v", n, bulk, err)
-	}
-	if crc.Sum32() != <-sent {
-		t.Error("other bytes have come back than were sent")
-	}
-}
-
-func sendBulk(c *net.TCPConn, sum chan<- uint32) {
-	crc, block := crc32.NewIEEE(), make([]byte, 1<<20)
-	for i := range bulk / len(block) {
-		copy(block, bytes.Repeat([]byte{byte(i), byte(i >> 3), 7}, 1000))
-		crc.Write(block)
-		c.Write(block)
-	}
-	c.CloseWrite()
-	sum <- crc.Sum32()
+	worldtest.Pass(t, c, c, bulk, 1)
 }
 
 // badCertificates are those that we must not accept, with the alert that says so.
@@ -264,8 +245,8 @@ func testCertificates(t *testing.T, s *called) {
 		"elsewhere.cluster.local/ns/default/sa/certificates: expected", "incompatible key usage", "sa/stranger: expected",
 	} {
 		c := s.dial(t)
-		hearsReset(t, c)
-		if line := s.n.zt.line(t, "error access", fmt.Sprintf("src.addr=%v ", c.LocalAddr())); !strings.Contains(line, why) {
+		c.HearsReset(t)
+		if line := s.n.ZT.Line(t, "error access", fmt.Sprintf("src.addr=%v ", c.LocalAddr())); !strings.Contains(line, why) {
 			t.Errorf("the line is\n%s\nand has not %q", line, why)
 		}
 	}
@@ -279,12 +260,12 @@ func TestSilent(t *testing.T) {
 	caller, silent := newPod(t, 2, "caller"), newPod(t, 3, "silent")
 	n := newNode(t, caller, silent)
 	n.start(t, caller)
-	s := silent.peer(t, "server.py", "silent", map[string]any{"root": n.ca.root(), "pem": n.ca.of(t, "silent")})
+	s := startPeer(t, silent, "server.py", "silent", map[string]any{"root": n.ca.root(), "pem": n.ca.of(t, "silent")})
 	s.expect(t, "ready")
-	c := caller.dial(t, silent.at(8080))
-	say(t, c, "is anybody there?")
+	c := caller.Dial(t, silent.At(8080))
+	c.Say(t, "is anybody there?")
 	s.expect(t, "asked")
-	n.zt.end(t)
-	hearsReset(t, c)
+	n.ZT.End(t, unix.SIGTERM)
+	c.HearsReset(t)
 	s.isContent(t)
 }
