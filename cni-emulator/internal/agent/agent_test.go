@@ -44,6 +44,41 @@ func TestAddServeDelete(t *testing.T) {
 	}
 }
 
+// A ztunnel takes the add of a pod that it serves for a repeat, whatever the names are,
+// so one with other names is told to let go first.
+func TestAddWithOtherNames(t *testing.T) {
+	n := start(t)
+	old := n.ztunnel()
+	web := netnstest.New(t)
+	add := func(account string) chan error {
+		id := named("web")
+		id.ServiceAccount = account
+		added := make(chan error, 1)
+		go func() { _, err := n.add(id, web, patience); added <- err }()
+		return added
+	}
+	first := add("sa")
+	old.expectAdd("web", web)
+	newest := n.ztunnel()
+	again := add("sa")
+	newest.expectAdd("web", web)
+	other := add("other")
+	old.expect(`del uid="uid-web"`)
+	newest.expect(`del uid="uid-web"`)
+	newest.expectAdd("web", web)
+	if got := newest.last.GetAdd().GetWorkloadInfo().GetServiceAccount(); got != "other" {
+		t.Errorf("after the del came an add of %q", got)
+	}
+	for _, added := range []chan error{first, again, other} {
+		if err := <-added; err != nil {
+			t.Error(err)
+		}
+	}
+	if row := n.list()["web"]; row.ServiceAccount != "other" || len(row.Ztunnels) != 1 || row.Ztunnels[0].To != "add" {
+		t.Errorf("list: %+v", row)
+	}
+}
+
 // With no ztunnel the agent keeps the pod, says so, and the next one gets it.
 func TestAddWaitsForAZtunnel(t *testing.T) {
 	n := start(t)

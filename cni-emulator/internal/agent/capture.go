@@ -63,6 +63,9 @@ func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) (reset in
 		return 0, err
 	case c.Mode != redirect.None:
 		report, err := redirect.Install(ns, c)
+		if errors.Is(err, redirect.ErrLoDown) {
+			err = fmt.Errorf("%w: %s", err, redirect.LoUp(id.Path))
+		}
 		if err != nil {
 			return 0, err
 		}

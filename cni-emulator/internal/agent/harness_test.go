@@ -163,6 +163,7 @@ type peer struct {
 	t    testing.TB
 	conn *zds.Conn
 	held []*netns.NS // what came with the adds
+	last *zds.WorkloadRequest
 }
 
 // dial connects without a word.
@@ -215,6 +216,7 @@ func (p *peer) next() string {
 		}
 		p.held = append(p.held, ns)
 	}
+	p.last = req
 	words, _, _ := strings.Cut(zds.Describe(req), " name=")
 	return words
 }

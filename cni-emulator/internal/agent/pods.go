@@ -99,10 +99,10 @@ func (a *Agent) checkNetNS(id netns.ID) error {
 }
 
 // Add makes a pod known, or known anew, and sends it to the newest ztunnel. It
-// takes ns over. The same uid with the same namespace is a success that changes
-// nothing but the names and whose the pod is: one that is not watched, because a
-// person added it, stays when its file goes. With another namespace it replaces
-// the pod.
+// takes ns over. The same uid with the same namespace and names is a success that
+// changes nothing but whose the pod is: one that is not watched, because a person
+// added it, stays when its file goes. With another namespace it replaces the pod;
+// with other names ztunnels let it go and the newest takes it anew.
 //
 // The outcome goes to waiter, which has room for one, once a ztunnel has
 // answered; waiter may be nil. Add itself waits for nobody.
@@ -142,6 +142,9 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 		a.log.Info("pod added", "pod", p, "uid", id.UID, "netns", ns.ID())
 	case p.netns != nil && p.netns.ns.ID() == ns.ID():
 		if !told {
+			if !sameNames(p.PodID, id) {
+				a.letGoOf(p)
+			}
 			p.PodID, p.watched = id, watched
 		}
 		h.release()
@@ -172,6 +175,22 @@ func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Ou
 	added.Connected = true
 	a.push(z, a.addOp(p))
 	return added, nil
+}
+
+// sameNames tells whether a ztunnel would know the pod by the same names.
+func sameNames(one, other control.PodID) bool {
+	return one.Name == other.Name && one.Namespace == other.Namespace && one.ServiceAccount == other.ServiceAccount
+}
+
+// letGoOf has every ztunnel end the pod, because it would take the next add for the
+// same again. Nobody waits for their answers. The caller holds the lock.
+func (a *Agent) letGoOf(p *pod) {
+	a.log.Info("pod has other names: ztunnels let it go, and take it anew", "pod", p, "uid", p.UID)
+	unheard := make(chan Outcome, len(a.ztunnels))
+	for _, z := range a.ztunnels {
+		delete(z.answers, p.UID)
+		a.push(z, &op{what: "del", uid: p.UID, req: zds.Del(p.UID), done: unheard})
+	}
 }
 
 // unwait takes a waiter back that has lost its patience.

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/cni-emulator/internal/control"
+	"ambient-emulator/cni-emulator/internal/redirect"
 	"ambient-emulator/internal/fdpass"
 	"ambient-emulator/internal/netns"
 	"ambient-emulator/internal/uds"
@@ -163,7 +164,7 @@ func (a *Agent) doAdd(ctx context.Context, v *verb, id control.PodID, fd int, wa
 	}
 	defer a.unwait(id.UID, waiter)
 	if added.Reset > 0 {
-		if err := v.reply(control.Reply{Note: fmt.Sprintf("%d open connections of the pod will be reset at their next packet: it is captured while it runs", added.Reset)}); err != nil {
+		if err := v.reply(control.Reply{Note: redirect.WillReset(added.Reset) + ": it is captured while it runs"}); err != nil {
 			return err
 		}
 	}

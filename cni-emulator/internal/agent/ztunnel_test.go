@@ -287,7 +287,7 @@ func TestDeleteNacked(t *testing.T) {
 	}
 }
 
-// The same uid in another namespace replaces, in the same one changes nothing;
+// The same uid in another namespace replaces, in the same one with other names, too;
 // one namespace is one pod.
 func TestSameUIDSameNetNS(t *testing.T) {
 	n := start(t)
@@ -319,7 +319,7 @@ func TestSameUIDSameNetNS(t *testing.T) {
 	}
 	z.conn.Close()
 	wg.Wait()
-	if len(seen) != 4 || !strings.Contains(seen[1], `service_account="shop"`) {
+	if len(seen) != 5 || seen[1] != `del uid="uid-a"` || !strings.Contains(seen[2], `service_account="shop"`) {
 		t.Errorf("ztunnel saw %q", seen)
 	}
 }

@@ -68,7 +68,7 @@ func (d *daemonFlags) call(ctx context.Context, req control.Request, fd int, eac
 	r, err := control.Call(ctx, path, req, fd, each)
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED):
-		return fmt.Errorf("no agent listens at %s: start one with `cni-emulator serve`, or name its socket with --control-uds", path)
+		return &noAgentError{path, err}
 	case err != nil:
 		return err
 	case r.Unconfirmed:
@@ -79,6 +79,17 @@ func (d *daemonFlags) call(ctx context.Context, req control.Request, fd int, eac
 	}
 	return nil
 }
+
+// noAgentError is nobody at the daemon's socket.
+type noAgentError struct {
+	path string
+	err  error
+}
+
+func (e *noAgentError) Error() string {
+	return fmt.Sprintf("no agent listens at %s: start one with `cni-emulator serve`, or name its socket with --control-uds", e.path)
+}
+func (e *noAgentError) Unwrap() error { return e.err }
 
 // ask is call for a verb that sends no descriptor.
 func (d *daemonFlags) ask(ctx context.Context, req control.Request, each func(control.Reply)) error {

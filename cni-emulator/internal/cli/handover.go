@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -78,8 +79,12 @@ func (h *handover) run(ctx context.Context, udsPath, netnsPath string) error {
 	deadline := time.Now().Add(wait)
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	conn, peer, err := uds.Dial(ctx, "unix", udsPath)
-	if err != nil {
+	var conn *net.UnixConn
+	var peer uds.Peer
+	if err = soon(ctx, udsPath, func() error {
+		conn, peer, err = uds.Dial(ctx, "unix", udsPath)
+		return err
+	}); err != nil {
 		return err
 	}
 	defer conn.Close()
@@ -147,7 +152,10 @@ func netnsAdvice(path string, err error) string {
 		if _, statErr := os.Stat(named); statErr == nil && path == name {
 			return "; did you mean " + named + "?"
 		}
-		return "; `ip netns list` shows what there is, `sudo ip netns add " + name + "` makes it"
+		if path == named {
+			return "; `ip netns list` shows what there is, `sudo ip netns add " + name + "` makes it"
+		}
+		return "; `ip netns list` shows those in " + netnsDir
 	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
 		return "; run with sudo"
 	case errors.Is(err, netns.ErrNotNetNS):

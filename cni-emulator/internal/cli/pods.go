@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -68,12 +69,17 @@ func newAdd() *cobra.Command {
 		Short: "Make a network namespace a pod of the running agent",
 		Long: `add makes a network namespace a pod: it opens the namespace and passes its
 descriptor to the agent, which keeps it and sends it to the newest ztunnel. It
-prints nothing when ztunnel has the listeners ready.
+prints nothing when ztunnel has the listeners ready, but a note on stderr if the pod
+has open connections that its capture will reset.
 
 With no ztunnel connected the agent keeps the pod for the next one, and add
 waits for that until --timeout. The same add again is a success that changes
-nothing; with another namespace it replaces the pod. A pod that serve --watch has
-made is yours from then on: its names are those you say, and it stays until del.`,
+nothing; with another namespace, or another name or service account, it replaces
+the pod. A pod that serve --watch has made is yours from then on: its names are
+those you say, and it stays until del.
+
+With a mesh (ztunnel-emulator --local-xds) name, namespace and service account are
+those of a workload in the file.`,
 		Example: `  sudo ip netns add web && sudo ip -n web link set lo up
   sudo cni-emulator add web
   sudo cni-emulator add web --netns /proc/1234/ns/net --namespace prod --service-account shop
@@ -87,6 +93,9 @@ Exit codes:
 		ValidArgsFunction: completeNetNS,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p.pod.Name = args[0]
+			if strings.Contains(p.pod.Name, "/") {
+				return usageError{fmt.Errorf("%s: a pod's name has no / in it; the path of its namespace is for --netns", p.pod.Name)}
+			}
 			if cmd.Flags().Changed("dns-capture") {
 				p.pod.DNSCapture = strconv.FormatBool(dns)
 			}
@@ -129,8 +138,11 @@ func (p *podFlags) add(cmd *cobra.Command, path string) error {
 	if p.pod.Path, err = filepath.Abs(path); err != nil {
 		return err
 	}
-	err = p.call(cmd.Context(), control.Request{Verb: control.Add, Pod: p.pod, Wait: wait}, ns.FD(), func(r control.Reply) {
+	note := func(r control.Reply) {
 		fmt.Fprintf(cmd.ErrOrStderr(), "cni-emulator: add %s: %s\n", p.pod.Name, printable(r.Note))
+	}
+	err = soon(cmd.Context(), p.control, func() error {
+		return p.call(cmd.Context(), control.Request{Verb: control.Add, Pod: p.pod, Wait: wait}, ns.FD(), note)
 	})
 	if err != nil {
 		return fmt.Errorf("add %s (%s, %v): %w", p.pod.Name, path, ns.ID(), err)

@@ -19,7 +19,9 @@ func newRules() *cobra.Command {
 pod's traffic through ztunnel's listeners, shows them, or removes them. It
 programs the kernel over netlink; there need be no nft or iptables here.
 
-Each needs CAP_SYS_ADMIN to enter the pod and CAP_NET_ADMIN.`,
+Each needs CAP_SYS_ADMIN to enter the pod and CAP_NET_ADMIN. An agent that has
+captured the pod does not notice: list goes on to say what it was told, and the
+same add again puts its rules back.`,
 		Example: `  sudo ip netns add web && sudo ip -n web link set lo up
   sudo cni-emulator rules install --netns /var/run/netns/web
   sudo cni-emulator rules show --netns /var/run/netns/web
@@ -86,7 +88,7 @@ Which way depends on where ztunnel listens in the pod:
             listeners are transparent, for which ztunnel needs CAP_NET_ADMIN
 It may be done before the pod is handed over or after. Until ztunnel listens there
 no TCP gets in or out. What listens there already and would not be found is a
-reason to refuse.`,
+reason to refuse; before the handoff nobody can tell.`,
 		Example: `  sudo cni-emulator rules install --netns /var/run/netns/web
   sudo cni-emulator rules install --netns /var/run/netns/web --capture tproxy --dns-capture
 
@@ -108,7 +110,10 @@ Exit codes:
 			return n.in(func(ns *netns.NS) error {
 				report, err := redirect.Install(ns, c)
 				if err == nil && report.Open > 0 {
-					fmt.Fprintf(cmd.ErrOrStderr(), "cni-emulator: rules install %s: %d open connections of the pod will be reset at their next packet\n", n.path, report.Open)
+					fmt.Fprintf(cmd.ErrOrStderr(), "cni-emulator: rules install %s: %s\n", n.path, redirect.WillReset(report.Open))
+				}
+				if errors.Is(err, redirect.ErrLoDown) {
+					err = fmt.Errorf("%w: %s", err, redirect.LoUp(n.path))
 				}
 				return err
 			})
@@ -162,7 +167,7 @@ is nothing it does nothing. It prints nothing when all went well.`,
 		Example: `  sudo cni-emulator rules remove --netns /var/run/netns/web
 
 Exit codes:
-  0  nothing is captured in the pod any more
+  0  nothing of install's is in the pod any more; somebody else's rules stay
   1  it failed; stderr says why
   2  the words of the call were wrong`,
 		Args:              noArgs,

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"strings"
 )
 
@@ -101,8 +102,26 @@ var (
 	ErrLoopbackOnly = errors.New("listens on loopback only, where REDIRECT does not lead: capture it with tproxy")
 	ErrOpaque       = errors.New("listens without IP_TRANSPARENT, and TPROXY passes by such a socket: ztunnel sets it when it has CAP_NET_ADMIN, so run that with sudo")
 	ErrGuests       = errors.New("listens on loopback only, where guests behind a virtual interface are not led: their ztunnel listens on the wildcard address")
-	ErrLoDown       = errors.New("lo is down in the pod, and captured traffic passes over it: ip -n NAME link set lo up")
+	ErrLoDown       = errors.New("lo is down in the pod, and captured traffic passes over it")
 	ErrTableInUse   = fmt.Errorf("route table %d of the pod has routes of somebody else's", RouteTable)
 	ErrForeign      = errors.New("it is not ours, but istio-cni's own or somebody's who took its name: the pod is captured already")
 	ErrCapability   = errors.New("which this process lacks")
 )
+
+// LoUp is the command that helps against ErrLoDown in the pod whose namespace is at
+// path.
+func LoUp(path string) string {
+	switch filepath.Dir(path) {
+	case "/var/run/netns", "/run/netns":
+		return "ip -n " + filepath.Base(path) + " link set lo up"
+	}
+	return "nsenter --net=" + path + " ip link set lo up"
+}
+
+// WillReset words a Report's open connections.
+func WillReset(open int) string {
+	if open == 1 {
+		return "1 open connection of the pod will be reset at its next packet"
+	}
+	return fmt.Sprintf("%d open connections of the pod will be reset at their next packet", open)
+}
