@@ -30,12 +30,15 @@ func TestAgentLinksNoHTTP(t *testing.T) {
 	}
 }
 
-// The halves meet on the wire only.
+// The halves meet on the wire only, and what tests have in common stays with them.
 func TestHalvesAreApart(t *testing.T) {
 	for half, other := range map[string]string{"cni-emulator": "ztunnel-emulator", "ztunnel-emulator": "cni-emulator"} {
 		for _, dep := range deps(t, "ambient-emulator/"+half) {
 			if strings.HasPrefix(dep, "ambient-emulator/"+other) {
 				t.Errorf("%s imports %s", half, dep)
+			}
+			if strings.HasSuffix(dep, "/testmain") || strings.HasSuffix(dep, "test") && strings.HasPrefix(dep, "ambient-emulator/") {
+				t.Errorf("%s links %s, which is for tests", half, dep)
 			}
 		}
 	}

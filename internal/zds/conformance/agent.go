@@ -3,6 +3,7 @@ package conformance
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"time"
@@ -143,6 +144,13 @@ func (a *agent) next(deadline time.Time, dials int) *net.UnixConn {
 			}
 		}
 		if time.Now().After(deadline) {
+			if a.pid == 0 && dials == 0 && !a.over {
+				// Nobody would dial for the next promise either.
+				a.absent = fmt.Errorf("no client has dialled %s within %v", a.o.Path, a.o.Wait)
+				if a.proc != nil {
+					a.absent = fmt.Errorf("%w; its last words: %s", a.absent, a.proc.tail)
+				}
+			}
 			if a.over || a.pid == 0 {
 				a.notTried("no client dialled %s within %v (connections before that: %d)", a.o.Path, time.Since(start).Round(time.Second), dials)
 			}

@@ -30,6 +30,8 @@ type bench struct {
 	o    Options
 	proc *process // nil when somebody else runs the half under test
 
+	absent error // there is nobody to be tested
+
 	id     string   // of the scene
 	pods   int      // made in the scene
 	conns  []func() // end the connections of the scene

@@ -9,6 +9,7 @@
 package conformance
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -100,7 +101,8 @@ type verdict struct {
 	why    string
 }
 
-// run plays the scenes in order and stops early only with ctx. The bench is
+// run plays the scenes in order and stops early only with ctx, or if there is nobody
+// to be tested. The bench is
 // given back to each scene as the one before found it.
 func (b *bench) run(target string, trials []trial) (*Report, error) {
 	if err := netns.Probe(); err != nil {
@@ -117,7 +119,7 @@ func (b *bench) run(target string, trials []trial) (*Report, error) {
 		res := Result{Promise: t.Promise}
 		res.Status, res.Why = b.try(t)
 		res.Took = time.Since(start).Round(time.Millisecond).Seconds()
-		if err := b.ctx.Err(); err != nil {
+		if err := cmp.Or(b.ctx.Err(), b.absent); err != nil {
 			return r, err
 		}
 		if res.Status != Kept {

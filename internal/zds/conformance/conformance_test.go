@@ -157,9 +157,8 @@ func TestNotTried(t *testing.T) {
 	if _, ended := client.exited(); ended {
 		t.Error("somebody else's client was ended")
 	}
-	r, err = Client(t.Context(), Options{Path: dir + "/nobody", Only: []string{"hello"}, Wait: time.Second})
-	if err != nil || r.Count(NotTried) != 1 || r.Passed(false) {
-		t.Errorf("with no client: %+v, %v", r, err)
+	if _, err := Client(t.Context(), Options{Path: dir + "/nobody", Wait: 100 * time.Millisecond}); err == nil {
+		t.Error("with no client")
 	}
 	if _, err := Client(t.Context(), Options{Path: dir + "/x", Only: []string{"nonsense"}}); err == nil {
 		t.Error("an id that there is not")

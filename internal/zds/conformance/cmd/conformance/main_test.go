@@ -104,6 +104,8 @@ func TestWords(t *testing.T) {
 		{"server:DIR/x --add true", 2, "--add and --del go together"},
 		{"client:DIR/x --only nonsense", 1, `no promise is called ["nonsense"]`},
 		{"server:DIR/s --wait 10ms", 1, "is the server started"},
+		{"client:DIR/s --wait 10ms", 1, "within 10ms"},
+		{"client:DIR/s --wait 500ms -- sh -c echo${IFS}elsewhere;sleep${IFS}9", 1, "last words: elsewhere"},
 		{"server:DIR/s -- /bin/false", 1, "exited with status 1"},
 	} {
 		out, err := exec.Command(script, strings.Fields(strings.ReplaceAll(tt.args, "DIR", dir))...).CombinedOutput()
