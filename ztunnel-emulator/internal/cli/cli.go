@@ -27,6 +27,9 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
+// verbs are words that could be mistaken for a socket's path.
+var verbs = []string{"serve", "add", "del", "list", "status", "rules", "version"}
+
 // errHelp says that help has been printed in place of an error.
 var errHelp = errors.New("help")
 
@@ -89,7 +92,7 @@ redirected is answered with "ok" by hand, and refused as a loop with --inpod-uds
 
 With --local-xds FILE there is a mesh: the file says who is who, and connections
 between workloads that take tunnels go over 15008 in mutual TLS, each end proven
-by a certificate of the CA (--ca-cert and --ca-key, or FAKE_CA=true). Without one
+by a certificate of the CA (--ca-cert and --ca-key, or --ca-dir). Without a mesh
 15008 answers "ok".`,
 		Example: `  sudo ip netns add ns2 && sudo ip -n ns2 link set lo up
   sudo ztunnel-emulator /tmp/zt.sock &
@@ -101,7 +104,7 @@ by a certificate of the CA (--ca-cert and --ca-key, or FAKE_CA=true). Without on
   sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock &
   sudo cni-emulator add ns2
 
-  sudo FAKE_CA=true ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock \
+  sudo ztunnel-emulator --inpod-uds /run/cni-emulator/zds.sock \
     --local-xds mesh.yaml --ca-dir /run/ztunnel-emulator/ca
 
 Environment (names and defaults are the real ztunnel's):
@@ -160,6 +163,9 @@ Exit codes:
 			}
 			if len(args) > 0 && strings.HasPrefix(args[0], "/var/run/netns/") {
 				return usageError{fmt.Errorf("%s is a place for namespaces, not for a socket; cni-emulator is the one that takes a namespace", args[0])}
+			}
+			if len(args) > 0 && slices.Contains(verbs, args[0]) {
+				return usageError{fmt.Errorf("%s is no verb here; a socket of that name is ./%s", args[0], args[0])}
 			}
 			switch len(args) {
 			case 0:

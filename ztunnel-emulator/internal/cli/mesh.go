@@ -33,7 +33,7 @@ func (f *meshFlags) bind(cmd *cobra.Command) {
 	fs.StringVar(&f.localXDS, "local-xds", os.Getenv("LOCAL_XDS_PATH"), "who is who, with --inpod-uds: a `file` of workloads, services and policies (env LOCAL_XDS_PATH)")
 	fs.StringVar(&f.caCert, "ca-cert", "", "the CA's certificate, a PEM `file`")
 	fs.StringVar(&f.caKey, "ca-key", "", "its key, a PEM `file`, RSA or EC")
-	fs.StringVar(&f.caDir, "ca-dir", "", "with FAKE_CA=true a CA is made in this `folder` on first use, mode 0700; ztunnels that share it trust each other (default "+defaultCADir()+")")
+	fs.StringVar(&f.caDir, "ca-dir", "", "a CA that is made in this `folder` on first use, mode 0700; ztunnels that share it trust each other (with FAKE_CA=true default "+defaultCADir()+")")
 }
 
 // defaultCADir is beside the sockets.
@@ -130,8 +130,8 @@ func (f *meshFlags) ca(log *slog.Logger) (*identity.CA, error) {
 		return nil, usageError{errors.New("either --ca-cert and --ca-key or --ca-dir, not both")}
 	case f.caCert != "":
 		return identity.LoadCA(f.caCert, f.caKey)
-	case !fake:
-		return nil, usageError{errors.New("a mesh needs a CA: --ca-cert FILE --ca-key FILE, or FAKE_CA=true to have one made")}
+	case !fake && f.caDir == "":
+		return nil, usageError{errors.New("a mesh needs a CA: --ca-cert FILE --ca-key FILE, or --ca-dir FOLDER (FAKE_CA=true) to have one made")}
 	}
 	dir := f.caDir
 	if dir == "" {

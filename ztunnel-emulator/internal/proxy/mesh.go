@@ -91,6 +91,10 @@ func (m *Mesh) part(p *Pod) {
 func (p *Pod) prefetch() {
 	defer p.wg.Done()
 	own, err := p.own()
+	if err != nil && p.ctx.Err() == nil {
+		p.config.Log.Warn("no workload of the file is this pod, and until one is its connections wait and fail: do name, namespace and service account agree, and NODE_NAME?",
+			"pod", p.String(), "service_account", p.ServiceAccount)
+	}
 	if err != nil || own.Protocol != workload.HBONE || p.mesh().Dedicated {
 		return
 	}
