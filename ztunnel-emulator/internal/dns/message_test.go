@@ -149,6 +149,7 @@ func FuzzAnswer(f *testing.F) {
 		``, `1234 0100` + count + www + `0001 0001`, `1234 8180` + count + www + `0001 0001`,
 		`1234 0100 0001 0000 0000 0001` + www + `0001 0001` + opt,
 		`1234 0100` + count + `c00c 0001 0001`, `1234 0100 0000 0000 0000 0001` + opt,
+		`1234 8181` + count + www + `0001 0001`,
 	} {
 		f.Add(unhex(s), unhex(`0000 8180`+count+www+`0001 0001`))
 	}
@@ -164,7 +165,7 @@ func FuzzAnswer(f *testing.F) {
 		if string(query) != before {
 			t.Fatalf("the query was changed to %x", query)
 		}
-		if len(query) < headerSize {
+		if len(query) < headerSize || complains(query) {
 			if got != nil {
 				t.Fatalf("an answer: %x", got)
 			}
