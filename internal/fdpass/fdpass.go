@@ -112,7 +112,8 @@ func descriptors(oob []byte) ([]int, error) {
 			return fds, fmt.Errorf("parse control message: %w", err)
 		}
 		oob = rest
-		msg := unix.SocketControlMessage{Header: hdr, Data: data}
+		// Whole numbers only. The kernel sends nothing else, but the library would panic.
+		msg := unix.SocketControlMessage{Header: hdr, Data: data[:len(data)&^3]}
 		if hdr.Level != unix.SOL_SOCKET || hdr.Type != unix.SCM_RIGHTS {
 			continue // credentials, say: harmless
 		}

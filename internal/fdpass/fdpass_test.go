@@ -239,6 +239,8 @@ func TestDescriptors(t *testing.T) {
 		{"behind credentials", append(slices.Clone(creds), one...), []int{7}, false},
 		{"credentials alone", creds, nil, false},
 		{"length beyond the data", []byte{99, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0}, nil, true},
+		{"one and a half", append([]byte{22}, append(slices.Clone(one[1:]), 9, 0)...), []int{7}, false},
+		{"half of one", append([]byte{18}, one[1:18]...), nil, false},
 		{"good, then bad", append(slices.Clone(padded), 99, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0), []int{7}, true},
 	} {
 		got, err := descriptors(tt.oob)
