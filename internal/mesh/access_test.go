@@ -34,7 +34,7 @@ func (a access) String() string {
 	if a.inbound {
 		direction = "inbound"
 	}
-	fmt.Fprintf(&b, "%s access connection complete src.addr=%v:…", level, a.src.IP4)
+	fmt.Fprintf(&b, "%s access connection complete src.addr=%s", level, anyPort(a.src))
 	a.party(&b, "src", a.src)
 	fmt.Fprintf(&b, " dst.addr=%v", a.addr)
 	if a.hbone != "" {
@@ -65,7 +65,11 @@ func addr(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
 
 // denied is the line of what has not become a connection.
 func denied(src *pod, to netip.AddrPort, direction, err string) string {
-	return fmt.Sprintf("warn access connection failed src.addr=%v:… dst.addr=%v direction=%q error=%q", src.IP4, to, direction, err)
+	return fmt.Sprintf("warn access connection failed src.addr=%s dst.addr=%v direction=%q error=%q", anyPort(src), to, direction, err)
+}
+
+func anyPort(p *pod) string {
+	return worldtest.AnyPort("src.addr=" + p.At(1).String())[len("src.addr="):]
 }
 
 // direct are the two lines of a connection of 11 bytes and 22 back, from pod to pod.

@@ -34,7 +34,7 @@ func (m *mesh) config() string {
   workloadType: deployment
   canonicalName: %[2]s
   services: %[7]s
-`, p.uid(), p.Name, p.trustDomain, p.IP4, protocol, nodeNames[int(p.IP4.As4()[2])], p.services, p.account)
+`, p.uid(), p.Name, p.trustDomain, p.ip(), protocol, nodeNames[int(p.IP4.As4()[2])], p.services, p.account)
 		for _, key := range p.more {
 			fmt.Fprintf(&b, "  %s\n", key)
 		}

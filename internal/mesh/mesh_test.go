@@ -8,6 +8,7 @@
 package mesh
 
 import (
+	"net/netip"
 	"testing"
 
 	"ambient-emulator/internal/worldtest"
@@ -32,6 +33,7 @@ type mesh struct {
 	dir   string // of the configuration
 	nodes map[int]*node
 	pods  []*pod
+	six   bool // its pods are known by their IPv6 addresses
 
 	services, policies string // YAML, of the configuration
 }
@@ -43,9 +45,17 @@ func newMesh(t *testing.T) *mesh {
 	return &mesh{world: worldtest.Up(t, podsPerNode), dir: t.TempDir(), nodes: map[int]*node{}}
 }
 
+// newMesh6 is newMesh of IPv6.
+func newMesh6(t *testing.T) *mesh {
+	t.Helper()
+	t.Parallel()
+	return &mesh{world: worldtest.Up(t, podsPerNode, "--ipv6"), dir: t.TempDir(), nodes: map[int]*node{}, six: true}
+}
+
 // pod is a pod and what the configuration says of it.
 type pod struct {
 	*worldtest.Place
+	six         bool
 	node        *node
 	account     string // its service account; by default its name
 	captured    bool
@@ -55,6 +65,10 @@ type pod struct {
 	services    string   // YAML: what it serves
 	more        []string // YAML: further keys
 }
+
+// ip is the address that the pod is known by, and At that with a port.
+func (p *pod) ip() netip.Addr                { return p.IP(p.six) }
+func (p *pod) At(port uint16) netip.AddrPort { return netip.AddrPortFrom(p.ip(), port) }
 
 // identity is what the pod's certificate says.
 func (p *pod) identity() string {
@@ -66,7 +80,7 @@ func (p *pod) uid() string { return "cluster1//v1/Pod/default/" + p.Name }
 // uncaptured takes a pod of a node that has nothing to do with ztunnel.
 func (m *mesh) uncaptured(t *testing.T, name string, on int) *pod {
 	t.Helper()
-	p := &pod{Place: m.world.Pod(t, on), account: name, trustDomain: "cluster.local", services: "{}"}
+	p := &pod{Place: m.world.Pod(t, on), six: m.six, account: name, trustDomain: "cluster.local", services: "{}"}
 	p.Name = name
 	m.pods = append(m.pods, p)
 	return p
