@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,8 +58,14 @@ type relay struct {
 	there, back  error
 	aShut, bShut atomic.Bool  // we have sent a FIN there
 	left         atomic.Int32 // directions that have not ended
+	late         atomic.Pointer[time.Timer]
 	done         func(Counts, error)
 }
+
+// lastWords is how long a connection has to take what the other one, which is gone,
+// has said before. One that would write first, as an echo does, and whom nobody reads
+// any more, never takes it.
+var lastWords = 5 * time.Second
 
 // Relay copies between a and b until both directions have ended, and calls done
 // then, on a goroutine of its own. An end of one direction (FIN) does not end the
@@ -76,17 +83,24 @@ func Relay(a, b Conn, done func(Counts, error)) {
 
 func (r *relay) forth(a, b Conn) {
 	r.there = relayOne(a, b, &r.counts.Sent, &r.aShut, &r.bShut)
-	r.end()
+	r.end(a, r.there)
 }
 
 func (r *relay) andBack(a, b Conn) {
 	r.back = relayOne(b, a, &r.counts.Received, &r.bShut, &r.aShut)
-	r.end()
+	r.end(b, r.back)
 }
 
-// end is the end of one direction; the last one reports.
-func (r *relay) end() {
+// end is the end of one direction, from whose source nothing is read any more; the
+// last one reports.
+func (r *relay) end(from Conn, err error) {
+	if isSend(err) {
+		r.late.Store(time.AfterFunc(lastWords, func() { abort(from) }))
+	}
 	if r.left.Add(-1) == 0 {
+		if t := r.late.Load(); t != nil {
+			t.Stop()
+		}
 		r.done(r.counts, firstOf(r.there, r.back))
 	}
 }
@@ -105,9 +119,10 @@ func firstOf(a, b error) error {
 // tell whether a FIN has been sent to either.
 func relayOne(from, to Conn, n *int64, fromShut, toShut *atomic.Bool) error {
 	err := copyBytes(from, to, n)
-	if err == nil && !fromShut.Load() && from.isClosed() {
+	if err == nil && !fromShut.Load() && from.isClosed() && !fromShut.Load() {
 		// No FIN came but a reset, of which the kernel tells only once: it has told
-		// the other direction, which was sending.
+		// the other direction, which was sending. (Asked last, whether it was not the
+		// other direction's FIN that has just closed it.)
 		err = &CopyError{Op: "receive", Err: unix.ECONNRESET}
 	}
 	if err == nil {
@@ -117,14 +132,14 @@ func relayOne(from, to Conn, n *int64, fromShut, toShut *atomic.Bool) error {
 			err = nil
 		}
 	}
-	switch ce := (*CopyError)(nil); {
+	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return errEnded
-	case errors.As(err, &ce) && ce.Op == "send":
+	case isSend(err):
 		// to is gone. What it has said before may still wait for the other
-		// direction, which finds its end by itself.
+		// direction, which finds its end by itself, or is late (lastWords).
 		return err
 	}
 	// from is gone. The other direction waits for bytes that nobody would get.
@@ -228,6 +243,12 @@ type CopyError struct {
 
 func (e *CopyError) Error() string { return e.Op + ": " + e.Err.Error() }
 func (e *CopyError) Unwrap() error { return e.Err }
+
+// isSend tells the error of who could not be sent to.
+func isSend(err error) bool {
+	var ce *CopyError
+	return errors.As(err, &ce) && ce.Op == "send"
+}
 
 // copyError drops what os.File says about itself.
 func copyError(op string, err error) error {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"runtime"
 	"sync"
 	"testing"
@@ -341,6 +342,50 @@ func TestResetIsNeverAnEnd(t *testing.T) {
 		if _, err := r.client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) && !errors.Is(writeErr, unix.ECONNRESET) {
 			t.Fatalf("round %d: the client has written with %v and reads %v, want a reset", i, writeErr, err)
 		}
+		r.wait(t)
+	}
+}
+
+// Both ends end at the same moment: each gets the other's FIN, and no reset.
+func TestBothEndAtOnce(t *testing.T) {
+	for i := range 1000 {
+		r := startRelay(t)
+		read := make(chan error, 1)
+		end := func(c *net.TCPConn) error {
+			c.CloseWrite()
+			_, err := io.ReadAll(c)
+			c.Close()
+			return err
+		}
+		go func() { read <- end(r.client) }()
+		serverErr, clientErr := end(r.server), <-read
+		if res := r.wait(t); res.err != nil || serverErr != nil || clientErr != nil {
+			t.Fatalf("round %d: %v; the client reads %v, the server %v", i, res.err, clientErr, serverErr)
+		}
+	}
+}
+
+// An echo that nobody reads any more writes before it reads what is left. It is told
+// that its client has gone.
+func TestResetOfWhoDoesNotRead(t *testing.T) {
+	defer func(before time.Duration) { lastWords = before }(lastWords)
+	lastWords = 100 * time.Millisecond
+	r := startRelay(t)
+	go io.Copy(struct{ io.Writer }{r.server}, struct{ io.Reader }{r.server})
+	r.client.SetWriteDeadline(time.Now().Add(time.Second))
+	if _, err := r.client.Write(make([]byte, 1<<30)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("all is full: %v", err)
+	}
+	r.client.SetLinger(0)
+	r.client.Close()
+	select {
+	case res := <-r.done:
+		if !errors.Is(res.err, unix.ECONNRESET) && !errors.Is(res.err, unix.EPIPE) {
+			t.Errorf("%v", res.err)
+		}
+	case <-time.After(10 * time.Second):
+		r.server.Close()
+		t.Error("the client is gone, and the relay goes on for ever")
 		r.wait(t)
 	}
 }
