@@ -90,9 +90,9 @@ func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) (reset in
 // uncapture takes the rules out of a namespace that is no pod's any more, once the
 // n ztunnels have answered the delete: until then they may serve it. A ztunnel
 // that says no may go on; then the rules stay, and the pod is closed rather than
-// open. It takes h over, and hands each outcome on.
-func (a *Agent) uncapture(h *handle, n int, answers <-chan Outcome, outcomes chan<- Outcome, rules chan<- error) {
-	defer h.release()
+// open. It takes h over, and hands each outcome on. h is nil if the namespace was
+// not at hand; then it is looked for where was says.
+func (a *Agent) uncapture(h *handle, was record, n int, answers <-chan Outcome, outcomes chan<- Outcome, rules chan<- error) {
 	nacked := false
 	for range n {
 		o := <-answers
@@ -100,15 +100,23 @@ func (a *Agent) uncapture(h *handle, n int, answers <-chan Outcome, outcomes cha
 		outcomes <- o
 	}
 	var err error
-	if nacked {
+	switch {
+	case nacked:
 		err = errRules
-	} else if err = a.removeRules(h.ns); err != nil {
-		err = fmt.Errorf("%w: %w", errRules, err)
+	case h == nil:
+		err = a.releaseAgain(was)
+	default:
+		if err = a.removeRules(h.ns); err != nil {
+			err = fmt.Errorf("%w: %w", errRules, err)
+		}
 	}
 	if err != nil {
-		a.log.Warn("pod deleted, but not released", "netns", h.ns.ID(), "error", err)
+		a.log.Warn("pod deleted, but not released", "pod", was.Namespace+"/"+was.Name, "path", was.Path, "error", err)
 	}
-	a.left(h) // the verb's success is on disk, too
+	if h != nil {
+		a.left(h) // the verb's success is on disk, too
+		h.release()
+	}
 	rules <- err
 }
 
@@ -130,9 +138,9 @@ func (a *Agent) left(h *handle) {
 	a.changed()
 }
 
-// restoreLeaving ends a release that the death of the agent before has cut short.
-// No ztunnel is asked: it hears in its snapshot that the pod is no more.
-func (a *Agent) restoreLeaving(r record) error {
+// releaseAgain takes the rules out of a namespace that an agent before this one has
+// written down, if it is still where it was.
+func (a *Agent) releaseAgain(r record) error {
 	ns, err := netns.Open(r.Path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // the rules have gone with the namespace
@@ -142,7 +150,7 @@ func (a *Agent) restoreLeaving(r record) error {
 	}
 	h := newHandle(ns, a.log)
 	defer h.release()
-	switch now := a.cookie(h); {
+	switch now, _ := cookieOf(ns); {
 	case r.Cookie == 0 || now == 0:
 		return fmt.Errorf("nobody can tell whether its path still leads to it: %w", errRules)
 	case r.Cookie != now:
@@ -151,7 +159,7 @@ func (a *Agent) restoreLeaving(r record) error {
 	if err := a.removeRules(ns); err != nil {
 		return fmt.Errorf("%w: %w", errRules, err)
 	}
-	a.log.Info("pod released, whose delete was cut short", "pod", r.Namespace+"/"+r.Name, "uid", r.UID, "netns", ns.ID())
+	a.log.Info("pod released", "pod", r.Namespace+"/"+r.Name, "uid", r.UID, "netns", ns.ID())
 	return nil
 }
 

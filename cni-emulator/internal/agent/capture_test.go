@@ -306,3 +306,36 @@ func TestWatchWaitsForLo(t *testing.T) {
 	eventually(t, "it is a pod", func() bool { return len(n.list()) == 1 })
 	expectCaptured(t, web, "a pod", byRedirect)
 }
+
+// A pod that is kept though it could not be captured again is released with its
+// delete, too.
+func TestDeletedThoughNotAtHand(t *testing.T) {
+	cfg := restarting(t)
+	cfg.Capture = capturing().Capture
+	n := startWith(t, cfg, nil)
+	web, path := netnstest.New(t), filepath.Join(t.TempDir(), "web")
+	nsFile(t, path, web)
+	n.addNow(at("web", path), web)
+	n.stop()
+	if out, err := exec.Command("nsenter", "--net="+fdPath(web), "ip", "link", "set", "lo", "down").CombinedOutput(); err != nil {
+		t.Fatalf("set lo down: %v: %s", err, out)
+	}
+
+	next := startWith(t, cfg, nil)
+	if p := next.list()["web"]; !strings.Contains(p.LastError, redirect.ErrLoDown.Error()) {
+		t.Errorf("list: %+v", p)
+	}
+	z := next.ztunnel()
+	expectCaptured(t, web, "at the next start", byRedirect)
+	done := make(chan error, 1)
+	go func() { done <- next.del(named("web"), patience) }()
+	if got := z.next(); got != `del uid="uid-web"` {
+		t.Fatal(got)
+	}
+	expectCaptured(t, web, "before ztunnel has let it go", byRedirect)
+	z.ack()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	expectCaptured(t, web, "deleted", free)
+}

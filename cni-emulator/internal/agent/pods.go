@@ -283,7 +283,9 @@ func (a *Agent) watchedIn(dir string) (names []string) {
 // remove is Delete with the lock held.
 func (a *Agent) remove(p *pod) (n int, outcomes <-chan Outcome, rules <-chan error) {
 	var left *handle
-	if p.captured() && p.netns != nil {
+	captured, was := p.captured(), p.was
+	was.PodID = p.PodID
+	if captured && p.netns != nil {
 		left = p.netns.hold()
 		a.leaving[left] = p.PodID
 	}
@@ -296,11 +298,11 @@ func (a *Agent) remove(p *pod) (n int, outcomes <-chan Outcome, rules <-chan err
 	for _, z := range a.ztunnels {
 		a.push(z, &op{what: "del", uid: p.UID, req: zds.Del(p.UID), done: answers})
 	}
-	if left == nil {
+	if !captured {
 		return cap(answers), answers, nil
 	}
 	handedOn, released := make(chan Outcome, cap(answers)), make(chan error, 1)
-	a.parting.Go(func() { a.uncapture(left, cap(answers), answers, handedOn, released) })
+	a.parting.Go(func() { a.uncapture(left, was, cap(answers), answers, handedOn, released) })
 	return cap(answers), handedOn, released
 }
 

@@ -37,7 +37,9 @@ func (a *Agent) restore() error {
 		if boot == "" || m.BootID != boot {
 			continue // no rule outlives its boot
 		}
-		if err := a.restoreLeaving(r); err != nil {
+		// Its delete was cut short. No ztunnel is asked: it hears in its snapshot that
+		// the pod is no more.
+		if err := a.releaseAgain(r); err != nil {
 			a.log.Warn("pod deleted before the restart, but not released", "pod", r.Namespace+"/"+r.Name, "uid", r.UID, "path", r.Path, "error", err)
 		}
 	}
