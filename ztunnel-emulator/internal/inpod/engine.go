@@ -123,10 +123,11 @@ func (e *engine) accepted(owner *pod, port uint16, fd int) {
 // received serves a datagram, which can only be a DNS query. One that claims to
 // come from where we answer would be answered to ourselves, for ever.
 func received(owner *pod, fd int, query []byte, from unix.Sockaddr) {
-	if proxy.AddrPort(from).Port() == proxy.PortDNS {
+	src := proxy.AddrPort(from)
+	if src.Port() == proxy.PortDNS {
 		return
 	}
-	owner.proxy.DNS(query, func(answer []byte) { owner.reply(fd, answer, from) })
+	owner.proxy.DNS(query, src, func(answer []byte) { owner.reply(fd, answer, from) })
 }
 
 // roomFor is how many descriptors the table is made for at the start: four a pod

@@ -35,23 +35,68 @@ func (p *Pod) dialDNS(ctx context.Context, network string, server netip.AddrPort
 	if err != nil {
 		return nil, err
 	}
-	return netConn{c}, nil
+	if p.letPass() {
+		return netConn{c}, nil
+	}
+	return p.asked(netConn{c}), nil
+}
+
+// asking is a query of ours that does not bear the rules' mark: they may bring it
+// back to us, as a query.
+type asking struct {
+	netConn
+	pod  *Pod
+	from netip.AddrPort
+}
+
+func (p *Pod) asked(c netConn) net.Conn {
+	a := asking{c, p, c.local()}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.asking == nil {
+		p.asking = make(map[netip.AddrPort]struct{})
+	}
+	p.asking[a.from] = struct{}{}
+	return a
+}
+
+func (a asking) Close() error {
+	a.pod.mu.Lock()
+	delete(a.pod.asking, a.from)
+	a.pod.mu.Unlock()
+	return a.netConn.Close()
+}
+
+// asksOurselves is isOurs of a query.
+func (p *Pod) asksOurselves(from netip.AddrPort) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ours := p.asking[from]
+	return ours
 }
 
 // DNS answers a query that came as a datagram, and returns at once. reply is
 // called with the answer, or not at all.
-func (p *Pod) DNS(query []byte, reply func([]byte)) {
+func (p *Pod) DNS(query []byte, from netip.AddrPort, reply func([]byte)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return
 	}
 	p.wg.Add(1)
-	go p.dnsQuery(query, reply)
+	go p.dnsQuery(query, from, reply)
 }
 
-func (p *Pod) dnsQuery(query []byte, reply func([]byte)) {
+func (p *Pod) dnsQuery(query []byte, from netip.AddrPort, reply func([]byte)) {
 	defer p.wg.Done()
+	if p.asksOurselves(from) {
+		p.refuseDNS(from)
+		// Nobody to ask: who has asked us, and waits, hears that at once.
+		if answer := new(dns.Forwarder).Answer(p.ctx, query, "udp"); answer != nil {
+			reply(answer)
+		}
+		return
+	}
 	if answer := p.forwarder().Answer(p.ctx, query, "udp"); answer != nil {
 		reply(answer)
 	}
@@ -60,6 +105,11 @@ func (p *Pod) dnsQuery(query []byte, reply func([]byte)) {
 // dnsOverTCP serves a connection to 15053, and takes it over.
 func (p *Pod) dnsOverTCP(fd int) {
 	c := NewConn(fd)
+	if from := (netConn{c}).name(unix.Getpeername); p.asksOurselves(from) {
+		p.refuseDNS(from)
+		c.reset()
+		return
+	}
 	p.forwarder().ServeTCP(p.ctx, netConn{c})
 	if p.ctx.Err() != nil {
 		// The rules go with the pod: whoever is told by a FIN could not get the
@@ -68,6 +118,11 @@ func (p *Pod) dnsOverTCP(fd int) {
 		return
 	}
 	c.Close()
+}
+
+func (p *Pod) refuseDNS(from netip.AddrPort) {
+	l := line{pod: p, src: from, dst: netip.AddrPortFrom(from.Addr(), PortDNS), outbound: true}
+	l.deny(errRecursive)
 }
 
 // netConn is a Conn for those who want a net.Conn. Package net would make one

@@ -47,7 +47,7 @@ const (
 // and the rules have brought back because it does not bear their mark. The real
 // ztunnel serves it, and thus itself, until it is out of descriptors.
 func (p *Pod) isOurs(src netip.AddrPort) bool {
-	if p.config.Mark&rulesMask == rulesMark {
+	if p.letPass() {
 		return false
 	}
 	p.mu.Lock()
@@ -64,6 +64,9 @@ func (p *Pod) isOurs(src netip.AddrPort) bool {
 	}
 	return false
 }
+
+// letPass tells whether our sockets bear the mark that the rules let pass.
+func (p *Pod) letPass() bool { return p.config.Mark&rulesMask == rulesMark }
 
 // inboundPassthrough serves what the pod's rules have redirected to 15006, and
 // takes it over: plaintext for the application.

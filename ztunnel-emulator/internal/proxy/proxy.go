@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -74,6 +75,7 @@ type Pod struct {
 	arriving int // connections that are not yet among the following
 	open     map[*session]struct{}
 	tunnels  map[*tunnel]struct{}
+	asking   map[netip.AddrPort]struct{} // see asksOurselves
 }
 
 // NewPod returns what serves the connections of a pod. enter runs a function on
