@@ -242,8 +242,11 @@ func appendJSON(b []byte, v slog.Value) []byte {
 			return append(b, s...)
 		}
 	}
-	if err, ok := v.Any().(error); ok {
-		return appendQuoted(b, err.Error())
+	switch x := v.Any().(type) {
+	case error:
+		return appendQuoted(b, x.Error())
+	case Bare:
+		return appendQuoted(b, string(x))
 	}
 	return appendQuoted(b, v.String())
 }

@@ -58,14 +58,14 @@ func TestPlain(t *testing.T) {
 func TestJSON(t *testing.T) {
 	var buf bytes.Buffer
 	log := New(&buf, Options{JSON: true}).With(Target, Access)
-	line := at(log, &buf, slog.LevelInfo, "connection complete", "src.addr", netip.MustParseAddrPort("[::1]:5"), "bytes_sent", 11, "error", errors.New("a\tb"))
+	line := at(log, &buf, slog.LevelInfo, "connection complete", "src.addr", netip.MustParseAddrPort("[::1]:5"), "bytes_sent", 11, "error", errors.New("a\tb"), "dst.hbone_addr", Bare(`a "b":8080`))
 	var got map[string]any
 	if err := json.Unmarshal([]byte(line), &got); err != nil || !strings.HasSuffix(line, "\n") {
 		t.Fatalf("%q: %v", line, err)
 	}
 	for key, want := range map[string]any{
 		"level": "info", "time": "2026-08-20T08:00:00.123456Z", "scope": "access", "message": "connection complete",
-		"src.addr": "[::1]:5", "bytes_sent": 11.0, "error": "a\tb",
+		"src.addr": "[::1]:5", "bytes_sent": 11.0, "error": "a\tb", "dst.hbone_addr": `a "b":8080`,
 	} {
 		if got[key] != want {
 			t.Errorf("%s: %v, want %v", key, got[key], want)
