@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"io"
 	"net"
 	"net/netip"
 
@@ -35,22 +36,38 @@ func (p *Pod) dialDNS(ctx context.Context, network string, server netip.AddrPort
 	if err != nil {
 		return nil, err
 	}
-	if p.letPass() {
-		return netConn{c}, nil
+	conn := net.Conn(netConn{c})
+	if kind == unix.SOCK_DGRAM {
+		conn = datagrams{netConn{c}}
 	}
-	return p.asked(netConn{c}), nil
+	if p.letPass() {
+		return conn, nil
+	}
+	return p.asked(conn, netConn{c}.local()), nil
+}
+
+// datagrams is a netConn of which an empty datagram is not the end: to an os.File it
+// would be.
+type datagrams struct{ netConn }
+
+func (d datagrams) Read(b []byte) (int, error) {
+	n, err := d.netConn.Read(b)
+	if err == io.EOF {
+		err = nil
+	}
+	return n, err
 }
 
 // asking is a query of ours that does not bear the rules' mark: they may bring it
 // back to us, as a query.
 type asking struct {
-	netConn
+	net.Conn
 	pod  *Pod
 	from netip.AddrPort
 }
 
-func (p *Pod) asked(c netConn) net.Conn {
-	a := asking{c, p, c.local()}
+func (p *Pod) asked(c net.Conn, from netip.AddrPort) net.Conn {
+	a := asking{c, p, from}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.asking == nil {
@@ -64,7 +81,7 @@ func (a asking) Close() error {
 	a.pod.mu.Lock()
 	delete(a.pod.asking, a.from)
 	a.pod.mu.Unlock()
-	return a.netConn.Close()
+	return a.Conn.Close()
 }
 
 // asksOurselves is isOurs of a query.
