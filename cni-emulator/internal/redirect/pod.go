@@ -19,6 +19,11 @@ import (
 // program must not hang if it ever does not.
 const patience = 10 * time.Second
 
+// buffer is how much of a transaction may wait in a socket, in bytes: all of it on its
+// way to the kernel, and then an answer to each of its messages. Of answers that found
+// no room one would not know whether there are rules now.
+const buffer = 4 << 20
+
 // pod is a pod's namespace, reached over sockets that were opened inside.
 type pod struct {
 	id    netns.ID
@@ -44,6 +49,9 @@ func open(ns *netns.NS) (*pod, error) {
 // reader its own namespace.
 func (p *pod) openInside() (err error) {
 	p.nft, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *mdlayher.Conn) error {
+		// A smaller one does for most pods; for many virtual interfaces it does not.
+		c.SetReadBuffer(buffer)
+		c.SetWriteBuffer(buffer)
 		return c.SetDeadline(time.Now().Add(patience))
 	}))
 	if err != nil {

@@ -73,6 +73,23 @@ func TestInstallRemoveAgain(t *testing.T) {
 	same(t, "the end", state(t, ns), before)
 }
 
+// However many answers a transaction gets, none is lost: a pod would be captured, and
+// its installation have failed.
+func TestManyVirtualInterfaces(t *testing.T) {
+	ns := netnstest.New(t)
+	before := state(t, ns)
+	for _, mode := range []Mode{Redirect, TProxy} {
+		c := Config{Mode: mode, DNS: true, IPv6: true}
+		for i := range 60 {
+			c.VirtualInterfaces = append(c.VirtualInterfaces, fmt.Sprintf("veth%d", i))
+		}
+		install(t, ns, c)
+		install(t, ns, c)
+	}
+	remove(t, ns)
+	same(t, "removed", state(t, ns), before)
+}
+
 // What Show prints is what nft makes of it, to the last expression: the words and
 // the expressions of each rule are two things, and nft knows that they are one.
 func TestShowIsWhatNftSays(t *testing.T) {
