@@ -241,7 +241,7 @@ type CopyError struct {
 	Err error
 }
 
-func (e *CopyError) Error() string { return e.Op + ": " + e.Err.Error() }
+func (e *CopyError) Error() string { return e.Op + ": " + osError(e.Err) }
 func (e *CopyError) Unwrap() error { return e.Err }
 
 // isSend tells the error of who could not be sent to.

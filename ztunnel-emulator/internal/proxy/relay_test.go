@@ -389,3 +389,13 @@ func TestResetOfWhoDoesNotRead(t *testing.T) {
 		r.wait(t)
 	}
 }
+
+// What broke a relay is told in the words of the real one's log, as what kept it from
+// beginning.
+func TestCopyErrorWords(t *testing.T) {
+	for _, err := range []error{unix.ETIMEDOUT, os.NewSyscallError("write", unix.ETIMEDOUT)} {
+		if got, want := (&CopyError{Op: "receive", Err: err}).Error(), "receive: Connection timed out (os error 110)"; got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
