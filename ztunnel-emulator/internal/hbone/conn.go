@@ -62,6 +62,7 @@ type conn struct {
 	blocked    []*Stream // waiting for sendWindow
 	nextID     uint32    // client: the next stream's
 	lastID     uint32    // server: the last stream's the peer opened
+	servedID   uint32    // server: the last that is served, once a drain is final
 	goingAway  bool      // the peer sent GOAWAY
 	draining   drainState
 	err        error
@@ -182,6 +183,9 @@ func (c *conn) fail(err error) {
 	}
 	c.err = err
 	lastID := c.lastID
+	if c.draining >= drainFinal {
+		lastID = c.servedID // a GOAWAY takes back no more than the one before
+	}
 	orderly := c.draining == drainClosed
 	streams := make([]*Stream, 0, len(c.streams))
 	for _, s := range c.streams {

@@ -48,6 +48,7 @@ func (c *conn) drainAnswered() {
 	}
 	c.draining = drainFinal
 	last := c.lastID
+	c.servedID = last
 	c.mu.Unlock()
 	c.control(func(fr *http2.Framer) { fr.WriteGoAway(last, http2.ErrCodeNo, nil) })
 	c.closeIfDrained()

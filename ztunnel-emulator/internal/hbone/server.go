@@ -192,9 +192,7 @@ func (sc *ServerConn) onRequest(f *http2.MetaHeadersFrame) error {
 		return protocolError(http2.ErrCodeProtocol, "a stream number that was used")
 	}
 	late := c.draining >= drainFinal
-	if !late {
-		c.lastID = f.StreamID
-	}
+	c.lastID = f.StreamID
 	// A handler may be busy with a stream that has ended, but not with many.
 	full := len(c.streams) >= c.cfg.ServerMaxStreams || sc.running >= 2*c.cfg.ServerMaxStreams
 	if late || full || c.err != nil {
