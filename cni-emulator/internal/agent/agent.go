@@ -58,6 +58,7 @@ type Agent struct {
 	mu         sync.Mutex
 	pods       map[string]*pod // by uid
 	byNetNS    map[netns.ID]*pod
+	arriving   map[*handle]control.PodID // pods not yet, whose rules may be in already
 	leaving    map[*handle]control.PodID // pods no more, whose rules are not out yet
 	generation uint64                    // counts the changes of pods
 	ztunnels   []*ztunnel                // in the order in which they said hello: the last is the newest
@@ -72,15 +73,16 @@ func New(cfg Config) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{
-		cfg:     cfg,
-		log:     cfg.Log,
-		since:   time.Now(),
-		home:    home.ID(),
-		timeout: Timeout,
-		pods:    make(map[string]*pod),
-		byNetNS: make(map[netns.ID]*pod),
-		leaving: make(map[*handle]control.PodID),
-		keeper:  newKeeper(cfg.State),
+		cfg:      cfg,
+		log:      cfg.Log,
+		since:    time.Now(),
+		home:     home.ID(),
+		timeout:  Timeout,
+		pods:     make(map[string]*pod),
+		byNetNS:  make(map[netns.ID]*pod),
+		arriving: make(map[*handle]control.PodID),
+		leaving:  make(map[*handle]control.PodID),
+		keeper:   newKeeper(cfg.State),
 	}
 	// An ordinary user may not look at pid 1, and can't hand over its namespace
 	// either.

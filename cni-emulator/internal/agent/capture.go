@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -85,6 +87,38 @@ func (a *Agent) capture(id *control.PodID, ns *netns.NS, watched bool) (reset in
 		id.Capture = string(c.Mode)
 	}
 	return reset, nil
+}
+
+// intend writes down that a namespace is about to get rules: they shall not outlive an
+// agent that dies before it has written the pod down, because nobody would know of them.
+// done takes that back; without an error it is not nil.
+//
+// A watched namespace needs none of it: the next agent finds it where it was.
+func (a *Agent) intend(ctx context.Context, id control.PodID, h *handle) (done func(), err error) {
+	c, wordsErr := a.captureOf(id)
+	if cmp.Or(wordsErr, checkWords(id), a.checkNetNS(h.ns.ID())) != nil || c.Mode == redirect.None {
+		return func() {}, nil // there will be no rules
+	}
+	a.mu.Lock()
+	if a.byNetNS[h.ns.ID()] != nil {
+		a.mu.Unlock()
+		return func() {}, nil // it is known
+	}
+	a.arriving[h.hold()] = id
+	a.changed()
+	a.mu.Unlock()
+	done = func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.arriving, h)
+		a.changed()
+		h.release()
+	}
+	if err := a.onDisk(ctx); errors.Is(err, ErrStopping) {
+		done()
+		return nil, err
+	}
+	return done, nil // if it could not be written, the verb will say so
 }
 
 // uncapture takes the rules out of a namespace that is no pod's any more, once the

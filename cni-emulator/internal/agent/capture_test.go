@@ -339,3 +339,37 @@ func TestDeletedThoughNotAtHand(t *testing.T) {
 	}
 	expectCaptured(t, web, "deleted", free)
 }
+
+// An agent that dies when a pod has its rules, and before the pod is written down, has
+// its next one take them out: nobody was told that the pod is one.
+func TestNextAgentUndoesAnAdd(t *testing.T) {
+	cfg := restarting(t)
+	cfg.Capture = capturing().Capture
+	n := startWith(t, cfg, func(a *Agent) {
+		write := a.keeper.write
+		a.keeper.write = func(path string, m memory) error {
+			if len(m.Pods) > 0 {
+				return nil // it is dead by then
+			}
+			return write(path, m)
+		}
+	})
+	web, path := netnstest.New(t), filepath.Join(t.TempDir(), "web")
+	nsFile(t, path, web)
+	n.addNow(at("web", path), web)
+	n.stop()
+	expectCaptured(t, web, "at its death", byRedirect)
+
+	next := startWith(t, cfg, nil)
+	if pods := next.list(); len(pods) != 0 {
+		t.Errorf("list: %+v", pods)
+	}
+	expectCaptured(t, web, "at the next start", free)
+	// One that does not die leaves no such word.
+	next.addNow(at("web", path), web)
+	next.stop()
+	if b, err := os.ReadFile(cfg.State); err != nil || strings.Contains(string(b), "leaving") {
+		t.Errorf("state: %s, %v", b, err)
+	}
+	expectCaptured(t, web, "after a good end", byRedirect)
+}

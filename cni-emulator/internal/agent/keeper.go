@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ambient-emulator/cni-emulator/internal/control"
 )
 
 // How long after a failed write of the state file the next one is tried: soon at
@@ -143,8 +145,10 @@ func (a *Agent) remember() (memory, uint64) {
 		}
 		m.Pods, handles = append(m.Pods, r), append(handles, h)
 	}
-	for h, id := range a.leaving {
-		m.Leaving, handles = append(m.Leaving, record{PodID: id, Inode: h.ns.ID().Ino}), append(handles, h.hold())
+	for _, some := range []map[*handle]control.PodID{a.arriving, a.leaving} {
+		for h, id := range some {
+			m.Leaving, handles = append(m.Leaving, record{PodID: id, Inode: h.ns.ID().Ino}), append(handles, h.hold())
+		}
 	}
 	generation := a.generation
 	a.mu.Unlock()

@@ -110,7 +110,12 @@ func (a *Agent) checkNetNS(id netns.ID) error {
 // As in the real agent the add goes out even if nothing has changed: ztunnel
 // takes it as a no-op, and a pod that it could not serve is tried again.
 func (a *Agent) Add(id control.PodID, ns *netns.NS, watched bool, waiter chan Outcome) (added Added, err error) {
-	h := newHandle(ns, a.log)
+	return a.add(id, newHandle(ns, a.log), watched, waiter)
+}
+
+// add is Add of an open namespace. It takes h over.
+func (a *Agent) add(id control.PodID, h *handle, watched bool, waiter chan Outcome) (added Added, err error) {
+	ns := h.ns
 	if err := cmp.Or(checkWords(id), a.checkNetNS(ns.ID())); err != nil {
 		h.release()
 		return Added{}, err

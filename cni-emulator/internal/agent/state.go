@@ -32,7 +32,8 @@ var errDamaged = errors.New("not what an agent wrote")
 type memory struct {
 	BootID string   `json:"bootID"` // cookies mean nothing in another boot
 	Pods   []record `json:"pods"`
-	// Pods no more, whose rules were not out yet.
+	// Pods no more, whose rules were not out yet; and pods not yet, whose rules may
+	// have been in.
 	Leaving []record `json:"leaving,omitempty"`
 }
 

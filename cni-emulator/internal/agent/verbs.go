@@ -158,7 +158,14 @@ func (a *Agent) doAdd(ctx context.Context, v *verb, id control.PodID, fd int, wa
 	if wait == 0 {
 		waiter = nil
 	}
-	added, err := a.Add(id, ns, false, waiter) // takes ns
+	h := newHandle(ns, a.log) // takes ns
+	done, err := a.intend(ctx, id, h)
+	if err != nil {
+		h.release()
+		return err
+	}
+	added, err := a.add(id, h, false, waiter) // takes h
+	done()
 	if err != nil {
 		return err
 	}
