@@ -184,7 +184,17 @@ func (d *decoder) locality(n *yaml.Node, at *path) *Locality {
 }
 
 func (d *decoder) ip(n *yaml.Node, at *path) netip.Addr {
-	return parsed(d, n, at, parseIP)
+	ip := parsed(d, n, at, parseIP)
+	if ip.Is4In6() {
+		d.warnMapped(n, at, ip, ip.Unmap())
+	}
+	return ip
+}
+
+// warnMapped is for an IPv4 address in IPv6. A connection's is unmapped before it is
+// compared, here as in the real one, and so a policy with such protects nobody.
+func (d *decoder) warnMapped(n *yaml.Node, at *path, is, meant fmt.Stringer) {
+	d.warn(n, at, "%q never matches; IPv4 addresses are written as such: %q", is, meant)
 }
 
 func (d *decoder) namespacedHostname(n *yaml.Node, at *path) NamespacedHostname {
@@ -192,7 +202,11 @@ func (d *decoder) namespacedHostname(n *yaml.Node, at *path) NamespacedHostname 
 }
 
 func (d *decoder) networkAddress(n *yaml.Node, at *path) NetworkAddress {
-	return parsed(d, n, at, parseNetworkAddress)
+	a := parsed(d, n, at, parseNetworkAddress)
+	if a.IP.Is4In6() {
+		d.warnMapped(n, at, a, NetworkAddress{a.Network, a.IP.Unmap()})
+	}
+	return a
 }
 
 // parsed reads a string that stands for something.
@@ -205,8 +219,11 @@ func parsed[T any](d *decoder, n *yaml.Node, at *path, parse func(string) (T, er
 	return v
 }
 
+// mappedBits are in front of an IPv4 address in IPv6.
+const mappedBits = 96
+
 func (d *decoder) prefix(n *yaml.Node, at *path) netip.Prefix {
-	return parsed(d, n, at, func(s string) (netip.Prefix, error) {
+	p := parsed(d, n, at, func(s string) (netip.Prefix, error) {
 		p, err := netip.ParsePrefix(s)
 		if err == nil {
 			return p, nil
@@ -216,6 +233,10 @@ func (d *decoder) prefix(n *yaml.Node, at *path) netip.Prefix {
 		}
 		return p, fmt.Errorf("%q is no CIDR, such as \"10.0.0.0/8\"", s)
 	})
+	if bits := p.Bits() - mappedBits; p.Addr().Is4In6() && bits >= 0 {
+		d.warnMapped(n, at, p, netip.PrefixFrom(p.Addr().Unmap(), bits))
+	}
+	return p
 }
 
 func (d *decoder) ports(n *yaml.Node, at *path) map[uint16]uint16 {
