@@ -137,7 +137,7 @@ func (f *meshFlags) ca(log *slog.Logger) (*identity.CA, error) {
 	if dir == "" {
 		dir = defaultCADir()
 		if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%w; name a folder that we may make with --ca-dir", err)
 		}
 	}
 	log.Info("a CA of our own, for who shares its folder", "folder", dir)
@@ -176,13 +176,20 @@ func readMeshConfig() (meshConfig, error) {
 			*to = v
 		}
 	}
-	for name, to := range map[string]*time.Duration{"SECRET_TTL": &c.ttl, "POOL_UNUSED_RELEASE_TIMEOUT": &c.hbone.UnusedTimeout} {
-		if v, ok := os.LookupEnv(name); ok {
+	for _, n := range []struct {
+		name  string
+		to    *time.Duration
+		least time.Duration
+	}{
+		{"SECRET_TTL", &c.ttl, time.Second}, // certificates count in seconds
+		{"POOL_UNUSED_RELEASE_TIMEOUT", &c.hbone.UnusedTimeout, time.Nanosecond},
+	} {
+		if v, ok := os.LookupEnv(n.name); ok {
 			d, err := time.ParseDuration(v)
-			if err != nil || d <= 0 {
-				return c, usageError{fmt.Errorf("%s=%s: it takes a duration such as 5m or 24h", name, v)}
+			if err != nil || d < n.least {
+				return c, usageError{fmt.Errorf("%s=%s: it takes a duration such as 5m or 24h, at least %v", n.name, v, n.least)}
 			}
-			*to = d
+			*n.to = d
 		}
 	}
 	const most = 1<<31 - 1 // of a window, RFC 9113 section 6.9.1
