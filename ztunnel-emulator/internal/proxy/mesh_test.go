@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -416,14 +417,44 @@ func TestCutBeforeConnect(t *testing.T) {
 	defer w.server.forget(s)
 	w.server.cut(s, errPolicyChange)
 	began := time.Now()
-	_, err := w.server.dial(s, silent(t), netip.Addr{})
+	_, err := w.server.dial(s, silent(t, "127.0.0.1"), netip.Addr{})
 	if took := time.Since(began); err != errPolicyChange || took > 5*time.Second {
 		t.Errorf("%v after %v", err, took)
 	}
 }
 
+// A connection that a policy forbids while it waits for the application is refused
+// by the policy, and not for want of an application.
+func TestPolicyChangeDuringConnect(t *testing.T) {
+	w := newWorld(t)
+	w.capture(t, serverIP+":15008", w.server, PortInbound)
+	c := w.tunnel(t, dial(t, serverIP+":15008"))
+	app := silent(t, serverIP)
+	opened := make(chan error, 1)
+	go func() {
+		_, _, err := c.Open(t.Context(), app.String(), nil)
+		opened <- err
+	}()
+	waitFor(t, "a connect", func() bool {
+		w.server.mu.Lock()
+		defer w.server.mu.Unlock()
+		for s := range w.server.open {
+			if s.onward.File != nil {
+				return true
+			}
+		}
+		return false
+	})
+	w.rewrite(t, ", authorizationPolicies: [demo/nobody]")
+	var se *hbone.StatusError
+	if err := <-opened; !errors.As(err, &se) || se.Status != http.StatusUnauthorized {
+		t.Errorf("%v, want 401", err)
+	}
+	w.said.with(t, "connection complete", `error="connection closed due to policy change"`)
+}
+
 // silent is an address where connects are not answered: the queue is full.
-func silent(t *testing.T) netip.AddrPort {
+func silent(t *testing.T, addr string) netip.AddrPort {
 	t.Helper()
 	socket := func() int {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
@@ -434,7 +465,7 @@ func silent(t *testing.T) netip.AddrPort {
 		return fd
 	}
 	l := socket()
-	if err := unix.Bind(l, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+	if err := unix.Bind(l, &unix.SockaddrInet4{Addr: netip.MustParseAddr(addr).As4()}); err != nil {
 		t.Fatal(err)
 	}
 	if err := unix.Listen(l, 0); err != nil {

@@ -145,8 +145,14 @@ func (r *receiver) receive(req *hbone.Request) {
 	app, err := r.dial(s, target)
 	if err != nil {
 		p.forget(s)
-		req.Respond(http.StatusServiceUnavailable)
-		l.complete(Counts{}, l.connectError(err))
+		status := http.StatusServiceUnavailable
+		if err == errPolicyChange {
+			status = http.StatusUnauthorized
+		} else {
+			err = l.connectError(err)
+		}
+		req.Respond(status)
+		l.complete(Counts{}, err)
 		return
 	}
 	stream, err := req.Respond(http.StatusOK, r.responseFields(own)...)
