@@ -116,12 +116,19 @@ func (c *conn) rstStream(f *http2.RSTStreamFrame) error {
 	return nil
 }
 
+// maxSettings is more than any honest SETTINGS has, and x/net's limit too. Each may
+// have us go through all streams.
+const maxSettings = 100
+
 func (c *conn) peerSettings(f *http2.SettingsFrame) error {
 	if f.IsAck() {
 		return nil
 	}
 	if err := c.calm.control(); err != nil {
 		return err
+	}
+	if f.NumSettings() > maxSettings {
+		return protocolError(http2.ErrCodeEnhanceYourCalm, "SETTINGS without end")
 	}
 	// Whoever may send more from now on sends our acknowledgement first: a strict peer
 	// counts by its own settings until that comes.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -82,6 +83,11 @@ func TestHostileClient(t *testing.T) {
 		{"settings: frame of 1", func(p *peer) {
 			p.fr.WriteSettings(http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1})
 		}, goAway(http2.ErrCodeProtocol)},
+		{"settings: ten thousand", func(p *peer) {
+			// Each goes through all streams: what such frames cost us keeps a core busy.
+			p.connect(1)
+			p.fr.WriteSettings(slices.Repeat([]http2.Setting{{ID: http2.SettingInitialWindowSize, Val: 1}, {ID: http2.SettingInitialWindowSize, Val: 2}}, 5_000)...)
+		}, goAway(http2.ErrCodeEnhanceYourCalm)},
 		{"push promise", raw("\x00\x00\x05\x05\x04\x00\x00\x00\x01\x00\x00\x00\x02\x82"), goAway(http2.ErrCodeProtocol)},
 		{"continuation of nothing", raw("\x00\x00\x00\x09\x04\x00\x00\x00\x01"), goAway(http2.ErrCodeProtocol)},
 		{"headers interrupted", func(p *peer) {
