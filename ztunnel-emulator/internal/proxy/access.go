@@ -115,8 +115,11 @@ func (l *line) deny(err error) {
 
 // connectError words why there is no connection onward.
 func (l *line) connectError(err error) error {
-	if err == errDrained || err == errEnding {
+	switch {
+	case err == errDrained || err == errEnding:
 		return errDrained
+	case err == errPolicyChange:
+		return err
 	}
 	if l.outbound {
 		return fmt.Errorf("io error: %s", osError(err))

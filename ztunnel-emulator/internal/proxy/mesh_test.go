@@ -558,3 +558,14 @@ func TestCrowdOfHandshakes(t *testing.T) {
 	waitFor(t, "their leaving", func() bool { return w.server.handshakes.Load() == 0 })
 	talk(t, dial(t, vip))
 }
+
+// Why there is no connection onward is not always that somebody refused it.
+func TestConnectError(t *testing.T) {
+	for _, tt := range []struct{ err, want error }{{errEnding, errDrained}, {errDrained, errDrained}, {errPolicyChange, errPolicyChange}} {
+		for _, outbound := range []bool{false, true} {
+			if got := (&line{outbound: outbound}).connectError(tt.err); got != tt.want {
+				t.Errorf("%v is told as %v", tt.err, got)
+			}
+		}
+	}
+}

@@ -148,11 +148,9 @@ func (r *receiver) receive(req *hbone.Request) {
 		status := http.StatusServiceUnavailable
 		if err == errPolicyChange {
 			status = http.StatusUnauthorized
-		} else {
-			err = l.connectError(err)
 		}
 		req.Respond(status)
-		l.complete(Counts{}, err)
+		l.complete(Counts{}, l.connectError(err))
 		return
 	}
 	stream, err := req.Respond(http.StatusOK, r.responseFields(own)...)
