@@ -33,9 +33,10 @@ type conn struct {
 	tls    *tls.Conn // nil for a connection without TLS
 	plain  io.ReadWriter
 
-	in   reader        // belongs to the read loop
-	fr   *http2.Framer // reads from in
-	calm calm          // what a peer may do too often
+	in      reader        // belongs to the read loop
+	fr      *http2.Framer // reads from in
+	calm    calm          // what a peer may do too often
+	crossed uint32        // resets of streams that were over; one for each is no offence
 
 	wmu     sync.Mutex
 	writers atomic.Int32 // who holds or waits for wmu

@@ -18,3 +18,18 @@ func TestManyRefusedRequests(t *testing.T) {
 	}
 	p.expectAlive()
 }
+
+// More resets than there were streams cross nothing.
+func TestResetsOfNothing(t *testing.T) {
+	p, _ := rawClientOf(t, quickConfig(), func(r *Request) { r.Respond(http.StatusUnauthorized) })
+	p.connect(1)
+	p.expectReset(1, http2.ErrCodeNo)
+	go func() {
+		for range 2 * controlBurst {
+			if p.fr.WriteRSTStream(1, http2.ErrCodeCancel) != nil {
+				return // it has hung up already
+			}
+		}
+	}()
+	p.expectGoAway(http2.ErrCodeEnhanceYourCalm)
+}

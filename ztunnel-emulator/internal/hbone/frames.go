@@ -102,9 +102,14 @@ func (c *conn) rstStream(f *http2.RSTStreamFrame) error {
 	if s != nil {
 		delete(c.streams, f.StreamID)
 	}
+	opened := c.lastID/2 + c.nextID/2 + 1
 	c.mu.Unlock()
 	if s == nil {
-		return nil // it crossed our end of the stream, as one for each refused request may
+		// It crossed our end of the stream, as one for each refused request may.
+		if c.crossed++; c.crossed > opened {
+			return c.calm.control()
+		}
+		return nil
 	}
 	err := &ResetError{Code: f.ErrCode, Remote: true}
 	s.finish(err, cleanReset(f.ErrCode))
