@@ -35,6 +35,18 @@ func resolve(t *testing.T, p *worldtest.Place, six bool) resolver {
 	return r
 }
 
+// asker waits for who asks next.
+func (r resolver) asker(t *testing.T) netip.AddrPort {
+	t.Helper()
+	select {
+	case from := <-r.asked:
+		return from
+	case <-time.After(worldtest.Patience):
+		t.Fatal("nobody has asked the resolver")
+		panic("not reached")
+	}
+}
+
 func (r resolver) overUDP(c *net.UDPConn) {
 	b := make([]byte, 512)
 	for {
@@ -184,18 +196,18 @@ func TestDNSCaptured(t *testing.T) {
 		n.Add(t, client, "--capture", form, "--dns-capture")
 		for id := uint16(1); id < 4; id++ {
 			askUDP(t, client, elsewhere(six), id)
-			if from := <-r.asked; from.Addr() != client.IP(six) {
+			if from := r.asker(t); from.Addr() != client.IP(six) {
 				t.Errorf("over UDP the resolver was asked by %v", from)
 			}
 			askTCP(t, client, elsewhere(six), id)
-			if from := <-r.asked; from.Addr() != client.IP(six) {
+			if from := r.asker(t); from.Addr() != client.IP(six) {
 				t.Errorf("over TCP the resolver was asked by %v", from)
 			}
 		}
 		// The pod's own resolver stays its own.
 		own := resolve(t, client, six)
 		askUDP(t, client, own.addr, 7)
-		if from := <-own.asked; from.Addr() != client.IP(six) {
+		if from := own.asker(t); from.Addr() != client.IP(six) {
 			t.Errorf("the pod's own resolver was asked by %v", from)
 		}
 		if lines := n.ZT.Lines(); len(lines) > 0 {
@@ -213,9 +225,9 @@ func TestDNSNotCaptured(t *testing.T) {
 		n := newNode(t, resolvConf(t, resolver{addr: elsewhere(six)}))
 		n.Add(t, client, "--capture", form)
 		askUDP(t, client, r.addr, 1)
-		<-r.asked
+		r.asker(t)
 		askTCP(t, client, r.addr, 2)
-		<-r.asked
+		r.asker(t)
 		n.ZT.Line(t, fmt.Sprintf(`dst.addr=%v direction="outbound"`, r.addr))
 	})
 }

@@ -49,9 +49,6 @@ func (o *output) Write(b []byte) (int, error) {
 // Start starts a program in a network namespace; env is more than our own.
 func Start(t *testing.T, in *netns.NS, env []string, program string, args ...string) *Process {
 	t.Helper()
-	if err := build(); err != nil {
-		t.Fatal(err)
-	}
 	cmd := Command(in, program, args...)
 	cmd.Env = append(os.Environ(), env...)
 	return StartCommand(t, filepath.Base(program), cmd)

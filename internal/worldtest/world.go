@@ -26,10 +26,14 @@ type World struct {
 
 var worlds atomic.Int32
 
-// Up builds a world with so many pods on each node; flags are more of scripts/world's.
-// It ends with the private world of all tests.
+// Up builds the programs, once, and a world with so many pods on each node; flags are
+// more of scripts/world's. It ends with the private world of all tests.
 func Up(t *testing.T, pods int, flags ...string) *World {
 	t.Helper()
+	// First of all: it may take longer than anybody has patience.
+	if err := build(); err != nil {
+		t.Fatal(err)
+	}
 	w := &World{name: fmt.Sprint("world", worlds.Add(1)), pods: pods}
 	cmd := exec.Command(filepath.Join(testmain.Root(), "scripts", "world"), append([]string{"up", fmt.Sprint("--pods=", pods)}, flags...)...)
 	cmd.Env = append(os.Environ(), "WORLD="+w.name)
