@@ -66,7 +66,10 @@ func (s *Stream) detach() {
 	s.c.mu.Unlock()
 	if open {
 		s.abandon()
+		return
 	}
+	// What came since there was no sink any more, before the end that has removed it.
+	s.dropQueue()
 }
 
 // abandon resets a stream whose user is done with it, without an error.

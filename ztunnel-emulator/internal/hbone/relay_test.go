@@ -194,3 +194,27 @@ func TestEarlyData(t *testing.T) {
 	}
 	app.Close()
 }
+
+// Bytes and the end of a stream that come while a relay lets go of it are for nobody,
+// and count as taken: or all streams would have less room for ever.
+func TestEndWhileDetaching(t *testing.T) {
+	cc, _ := tunnel(t, DefaultConfig(), func(r *Request) {
+		if s, err := r.Respond(200); err == nil {
+			io.Copy(io.Discard, s)
+			<-t.Context().Done()
+		}
+	})
+	s, _, err := cc.Open(t.Context(), "192.0.2.1:80", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.deliver([]byte("late")) // there is no sink any more
+	s.c.endLocal(s)
+	s.c.endRemote(s)
+	s.detach()
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	if s.c.queued != 0 {
+		t.Errorf("%d bytes wait for nobody", s.c.queued)
+	}
+}
