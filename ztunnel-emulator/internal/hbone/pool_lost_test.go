@@ -54,7 +54,14 @@ func TestPoolRetriesWhereATunnelHasServed(t *testing.T) {
 	old.wmu.Lock() // the next request is borrowed a tunnel, and can't be written
 	next := make(chan []*Stream, 1)
 	go func() { next <- openMany(t, p, s, 1) }()
-	eventually(t, "a writer", func() bool { return old.writers.Load() == 1 })
+	eventually(t, "a borrower", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for lent := range p.all {
+			return lent.inUse == 2
+		}
+		return false
+	})
 	failed := make(chan struct{})
 	go func() {
 		defer close(failed)
