@@ -184,8 +184,10 @@ func (a *Agent) releaseAgain(r record) error {
 	}
 	h := newHandle(ns, a.log)
 	defer h.release()
-	switch now, _ := cookieOf(ns); {
-	case r.Cookie == 0 || now == 0:
+	switch now, err := cookieOf(ns); {
+	case err != nil:
+		return fmt.Errorf("whether its path still leads to it: %w: %w", err, errRules)
+	case r.Cookie == 0:
 		return fmt.Errorf("nobody can tell whether its path still leads to it: %w", errRules)
 	case r.Cookie != now:
 		return nil // another one

@@ -113,7 +113,7 @@ Environment (names and defaults are the real ztunnel's):
                                    Of directives joined by commas those for single
                                    modules (h2=off) are passed over
 
-Environment, but with <uds_path> (names and defaults are the real ztunnel's):
+Environment, except with <uds_path> (names and defaults are the real ztunnel's):
   INPOD_UDS                        the agent's socket, in place of --inpod-uds
   IPV6_ENABLED=true                bind [::], which takes IPv4 too; else 0.0.0.0
   PACKET_MARK=1337                 the mark of every socket in a pod; 0 for none
@@ -189,7 +189,7 @@ Exit codes:
 	f := root.Flags()
 	f.SortFlags = false
 	f.StringVar(&z.path, "inpod-uds", os.Getenv("INPOD_UDS"), "dial the node agent at this `path` and speak ZDS (env INPOD_UDS)")
-	f.StringVar(&z.resolvConf, "resolv-conf", "", "who resolves what pods ask for, with --inpod-uds: a `file` as resolv.conf(5) (default /etc/resolv.conf)")
+	f.StringVar(&z.resolvConf, "resolv-conf", "", "who resolves what pods ask for: a `file` as resolv.conf(5) (default /etc/resolv.conf)")
 	z.mesh.bind(root)
 	f.BoolVar(&z.trace, "trace-zds", false, "print each ZDS packet on stderr")
 	f.BoolVarP(&s.explain, "explain", "v", false, "narrate each handoff on stderr")

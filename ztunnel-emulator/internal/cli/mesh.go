@@ -30,7 +30,7 @@ type meshFlags struct {
 
 func (f *meshFlags) bind(cmd *cobra.Command) {
 	fs := cmd.Flags()
-	fs.StringVar(&f.localXDS, "local-xds", os.Getenv("LOCAL_XDS_PATH"), "who is who, with --inpod-uds: a `file` of workloads, services and policies (env LOCAL_XDS_PATH)")
+	fs.StringVar(&f.localXDS, "local-xds", os.Getenv("LOCAL_XDS_PATH"), "who is who: a `file` of workloads, services and policies (env LOCAL_XDS_PATH)")
 	fs.StringVar(&f.caCert, "ca-cert", "", "the CA's certificate, a PEM `file`")
 	fs.StringVar(&f.caKey, "ca-key", "", "its key, a PEM `file`, RSA or EC")
 	fs.StringVar(&f.caDir, "ca-dir", "", "a CA that is made in this `folder` on first use, mode 0700; ztunnels that share it trust each other (with FAKE_CA=true default "+defaultCADir()+")")
