@@ -10,13 +10,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"ambient-emulator/internal/netns"
+	"ambient-emulator/internal/testmain"
 )
 
 // Command is a command in a network namespace. Its process becomes the program.
@@ -29,21 +29,9 @@ type Process struct {
 	*os.Process
 	Name  string
 	cmd   *exec.Cmd
-	log   output
+	log   testmain.Log
 	ended chan struct{}
 	err   error // once ended
-}
-
-// output is what a process has said so far.
-type output struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (o *output) Write(b []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.Write(b)
 }
 
 // Start starts a program in a network namespace; env is more than our own.
@@ -140,11 +128,7 @@ func (p *Process) Descriptors(t *testing.T, kind string) (fds []int) {
 }
 
 // Log is what the process has said so far.
-func (p *Process) Log() string {
-	p.log.mu.Lock()
-	defer p.log.mu.Unlock()
-	return p.log.text.String()
-}
+func (p *Process) Log() string { return p.log.String() }
 
 // Says waits until the process has said text.
 func (p *Process) Says(t *testing.T, text string) {

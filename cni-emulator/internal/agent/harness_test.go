@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -36,7 +35,7 @@ const patience = 20 * time.Second
 type node struct {
 	t    testing.TB
 	a    *Agent
-	log  *logbook
+	log  *testmain.Log
 	stop func()
 }
 
@@ -46,7 +45,7 @@ func start(t testing.TB) *node { return startWith(t, Config{}, nil) }
 // some; prepare, if set, may change it before it runs.
 func startWith(t testing.TB, cfg Config, prepare func(*Agent)) *node {
 	t.Helper()
-	n := &node{t: t, log: new(logbook)}
+	n := &node{t: t, log: new(testmain.Log)}
 	if cfg.ZDS == "" {
 		dir := t.TempDir()
 		cfg.ZDS, cfg.Control = filepath.Join(dir, "zds.sock"), filepath.Join(dir, "control.sock")
@@ -76,24 +75,6 @@ func startWith(t testing.TB, cfg Config, prepare func(*Agent)) *node {
 		}
 	})
 	return n
-}
-
-// logbook keeps what is logged.
-type logbook struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logbook) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logbook) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // await waits until the log says so.

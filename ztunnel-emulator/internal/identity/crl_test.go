@@ -11,10 +11,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
+	"ambient-emulator/internal/testmain"
 	. "ambient-emulator/ztunnel-emulator/internal/identity"
 	"ambient-emulator/ztunnel-emulator/internal/identity/identitytest"
 )
@@ -23,14 +23,14 @@ import (
 type crlFile struct {
 	*CRL
 	path    string
-	log     *lockedBuffer
+	log     *testmain.Log
 	changed chan struct{}
 }
 
 // openCRL opens the file at path, of these CAs.
 func openCRL(t *testing.T, path string, cas ...*identitytest.CA) *crlFile {
 	t.Helper()
-	f := &crlFile{path: path, log: &lockedBuffer{}, changed: make(chan struct{}, 100)}
+	f := &crlFile{path: path, log: new(testmain.Log), changed: make(chan struct{}, 100)}
 	var roots []*x509.Certificate
 	for _, ca := range cas {
 		roots = append(roots, ca.Roots()...)
@@ -69,23 +69,6 @@ func (f *crlFile) waitLog(t *testing.T, text string, n int) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 func chainOf(cert tls.Certificate) []*x509.Certificate { return []*x509.Certificate{cert.Leaf} }

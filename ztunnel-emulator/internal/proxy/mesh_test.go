@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ambient-emulator/internal/testmain"
 	"ambient-emulator/ztunnel-emulator/internal/hbone"
 	"ambient-emulator/ztunnel-emulator/internal/identity"
 	"ambient-emulator/ztunnel-emulator/internal/workload"
@@ -192,26 +192,15 @@ func talk(t *testing.T, c io.ReadWriter) {
 }
 
 // lines is what was logged.
-type lines struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
+type lines struct{ testmain.Log }
 
 // with returns the first line with all of parts in it, for which it waits.
 func (l *lines) with(t *testing.T, parts ...string) string {
 	t.Helper()
 	var found string
 	waitFor(t, fmt.Sprintf("line with %q", parts), func() bool {
-		l.mu.Lock()
-		defer l.mu.Unlock()
 	line:
-		for line := range strings.Lines(l.text.String()) {
+		for line := range strings.Lines(l.String()) {
 			for _, part := range parts {
 				if !strings.Contains(line, part) {
 					continue line
